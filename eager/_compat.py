@@ -1,0 +1,44 @@
+"""Private PyTorch that eager capture needs, in one place. Tested with torch 2.13."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+DisableTorchFunction = torch._C.DisableTorchFunction
+"""A context manager inside which no function mode sees anything."""
+
+
+def top_mode(kind: TorchFunctionMode | TorchDispatchMode) -> object | None:
+    """The mode on top of this thread's stack of modes of that kind."""
+    if isinstance(kind, TorchFunctionMode):
+        return _get_current_function_mode()
+    return _get_current_dispatch_mode()
+
+
+def compiled_inside(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that a torch.compile wrapper (`torch.compile(module)`) holds; None when `module` is no such wrapper."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # not imported: then nothing was compiled either
+    if eval_frame is None or not isinstance(module, eval_frame.OptimizedModule):
+        return None
+    inside: torch.nn.Module = module._orig_mod
+    return inside
+
+
+def compiled_call(module: torch.nn.Module) -> Any | None:
+    """What `module.compile()` left in place of the module's call; None when it was not compiled in place."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def replace_compiled_call(module: torch.nn.Module, call: Any) -> None:
+    module._compiled_call_impl = call  # type: ignore[assignment]
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node of this thread will bear; later nodes bear larger ones."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number

@@ -1,0 +1,129 @@
+"""What the taps of one eager capture share: where they record, how calls are numbered, which module is running."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+from msprobe_graph.config.selection import Selection
+from msprobe_graph.dump.records import Entry
+from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.taps.recorder import Recorder
+
+from .call_stacks import Anchor, CallStacks, Stack
+
+
+class Numbering:
+    """Call numbers within one step: of a name in all, and of a name within one module."""
+
+    def __init__(self) -> None:
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        self._within: defaultdict[tuple[str, str | None], int] = defaultdict(int)
+
+    def reset(self) -> None:
+        """A new step: everything counts from 0 again."""
+        self._calls.clear()
+        self._within.clear()
+
+    def next(self, name: str) -> int:
+        """The number that the running call of `name` bears."""
+        return self._calls[name]
+
+    def advance(self, name: str) -> None:
+        """That call is over; the next one bears the next number."""
+        self._calls[name] += 1
+
+    def within(self, name: str, module: str | None) -> int:
+        """Which call of `name` this is within `module`, counted by being asked."""
+        key = (name, module)
+        number = self._within[key]
+        self._within[key] = number + 1
+        return number
+
+
+class Running(NamedTuple):
+    """A module whose forward runs."""
+
+    entry: str | None
+    """Its entry; None at the levels that record no modules."""
+    path: str
+    anchor: Anchor | None
+    """The frame that called it; None when stacks are not wanted."""
+
+
+class RunningModules(threading.local):
+    """The modules whose forward runs on this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[Running] = []
+
+    @property
+    def top(self) -> Running | None:
+        return self.stack[-1] if self.stack else None
+
+
+@dataclass
+class Context:
+    """Shared by the taps of one capture; `step` and `on` change, the rest stays."""
+
+    recorder: Recorder
+    selection: Selection
+    boundary: Boundary
+    stacks: CallStacks | None
+    """None when extra_info is off."""
+    numbering: Numbering = field(default_factory=Numbering)
+    running: RunningModules = field(default_factory=RunningModules)
+    on: bool = False
+    """Between start() and stop()."""
+    step: int = 0
+
+    def entry(self, name: str, calls: str, parts: dict[str, Any], frame: FrameType | None) -> Entry:
+        """A forward entry with its place in the program; `calls` is what its number within the module counts."""
+        inside = self.running.top
+        module = inside.path if inside else None
+        return Entry(
+            name,
+            parts,
+            module=module,
+            number=self.numbering.within(calls, module),
+            parent=inside.entry if inside else None,
+            stack=self.stack(frame),
+        )
+
+    def stack(self, frame: FrameType | None) -> Stack | None:
+        if self.stacks is None:
+            return None
+        inside = self.running.top
+        return self.stacks.of(frame, inside.anchor if inside else None)
+
+    def anchor(self, caller: FrameType | None) -> Anchor | None:
+        """An anchor at the frame that calls a module."""
+        if self.stacks is None or caller is None:
+            return None
+        return Anchor(caller, self.stack(caller) or ())
+
+    def values(self, values: Any, stem: str, save: bool) -> list[Any]:
+        """Positional arguments or outputs, measured: one leaf or nest for each."""
+        value = self.recorder.value
+        if save:
+            return [value(item, f"{stem}.{index}") for index, item in enumerate(values)]
+        return [value(item, None) for item in values]
+
+    def named(self, values: dict[str, Any], stem: str, save: bool) -> dict[str, Any]:
+        """Keyword arguments or parameters, measured."""
+        value = self.recorder.value
+        return {name: value(item, f"{stem}.{name}" if save else None) for name, item in values.items()}
+
+
+def here(above: int = 1) -> FrameType:
+    """The frame `above` callers up from the one that asks."""
+    return sys._getframe(above + 1)
+
+
+def spread(output: Any) -> tuple[Any, ...]:
+    """What a call returned, as a list of outputs: a tuple is spread, anything else is one output."""
+    return tuple(output) if isinstance(output, tuple) else (output,)

@@ -1,0 +1,123 @@
+"""The two modes that see operators: torch's API calls for level L1, aten operators for level L2.
+
+No torch function is patched, so functions that a program imported by name are seen too. Both modes are per thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._compat import top_mode
+
+
+class Recordable(Protocol):
+    """What records a call: makes it, and returns what it returns."""
+
+    def __call__(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class ApiMode(TorchFunctionMode):
+    """Hands every call that `name` knows to `record`.
+
+    A mode is off inside its own handler, so what a known function calls stays unseen: the outermost one is recorded. What
+    an unknown one calls is seen where that is possible.
+    """
+
+    def __init__(self, name: Callable[[Any], str | None], record: Recordable) -> None:
+        super().__init__()
+        self._name = name
+        self._record = record
+        self.active = True
+        """False lets every call pass unseen."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # In a compiled region this is traced; nothing of ours may end up in the compiled program.
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        name = self._name(func) if self.active else None
+        if name is not None:
+            return self._record(name, func, args, kwargs or {})
+        inside = _inside(func) if self.active else None
+        if inside is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _inside(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What a Python function of torch's does once it has asked the modes; None where that can't be called by itself.
+
+    Called with a mode on, the function itself would ask the mode again, without end.
+    """
+    if func is torch.Tensor.backward:  # recomputation under activation checkpointing runs inside
+        return _backward
+    return getattr(func, "__wrapped__", None)
+
+
+def _backward(
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+class AtenMode(TorchDispatchMode):
+    """Hands every aten (or custom) operator that `name` knows to `record`."""
+
+    def __init__(self, name: Callable[[Any], str | None], record: Recordable) -> None:
+        super().__init__()
+        self._name = name
+        self._record = record
+        self.active = True
+        """False lets every operator pass unseen."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code stays compiled: without this, the mode would switch it off."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = self._name(func) if self.active else None
+        if name is None:
+            return func(*args, **(kwargs or {}))
+        return self._record(name, func, args, kwargs or {})
+
+
+class ModeSwitch:
+    """Puts one mode on this thread's stack and takes it off again, whatever the program has pushed meanwhile.
+
+    A mode can be left only from the top of the stack. One that others stand on is made passive instead, and is left as soon
+    as it is found on top.
+    """
+
+    def __init__(self, mode: ApiMode | AtenMode) -> None:
+        self.mode = mode
+        self._entered = False
+
+    @property
+    def on(self) -> bool:
+        return self._entered and self.mode.active
+
+    def turn_on(self) -> None:
+        self.mode.active = True
+        if not self._entered:
+            self.mode.__enter__()
+            self._entered = True
+
+    def turn_off(self) -> None:
+        self.mode.active = False
+        if self._entered and top_mode(self.mode) is self.mode:
+            self.mode.__exit__(None, None, None)
+            self._entered = False

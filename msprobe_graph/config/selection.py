@@ -1,0 +1,90 @@
+"""Which entries a configuration asks for: scope, list, data_mode, tensor_list and risk_level, applied to entry names.
+
+The rules are msProbe's. ``scope`` is a pair of full entry names, from and to, both included. ``list`` matches substrings
+(or a regular expression, ``name-regex(...)``); at level mix a module whose name matches opens a window over all that runs
+inside it. Where neither is given, ``risk_level`` decides which API calls are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .settings import Settings, entry_matcher
+
+_RISKS = {"ALL": {"core", "focus", "low"}, "FOCUS": {"core", "focus"}, "CORE": {"core"}}
+
+
+class Selection:
+    """The windows of one capture. `risk` gives "core", "focus" or "low" for an API name such as "Tensor.view".
+
+    Asked once for each call, in execution order, because scope is a window in time.
+    """
+
+    def __init__(self, settings: Settings, risk: Callable[[str], str]) -> None:
+        self.inputs = "input" in settings.data_mode
+        self.outputs = "output" in settings.data_mode
+        self.forward = "forward" in settings.data_mode
+        self.backward = "backward" in settings.data_mode
+        self._first, self._last = settings.scope if settings.scope else (None, None)
+        self._listed = bool(settings.list)
+        self._matched = entry_matcher(settings.list)
+        self._save_all = settings.task == "tensor"
+        self._saved = entry_matcher(settings.tensor_list)
+        self._mix = settings.level == "mix"
+        self._risks = _RISKS[settings.risk_level]
+        self._risk = risk
+        self._wanted_apis: dict[str, bool] = {}
+        self._everything = self._first is None and not self._listed
+        self.reset()
+
+    def reset(self) -> None:
+        """At the start of a step: all windows are closed."""
+        self._in_scope = False
+        self._open: set[str] = set()
+
+    def enter(self, entry: str) -> None:
+        """A module call begins."""
+        if self._everything:
+            return
+        if entry == self._first:
+            self._in_scope = True
+        if self._mix and self._matched(entry):
+            self._open.add(entry)
+
+    def leave(self, entry: str) -> None:
+        """A module call has ended."""
+        if self._everything:
+            return
+        if entry == self._last:
+            self._in_scope = False
+        self._open.discard(entry)
+
+    def wants_module(self, entry: str) -> bool:
+        return self._everything or self._selected(entry)
+
+    def may_want_module(self, prefix: str) -> bool:
+        """Whether some call of the module named `prefix` (``Module.{path}.{Class}``) would be wanted, scope aside."""
+        return self._first is None and (not self._listed or self._matched(f"{prefix}.forward.0"))
+
+    def wants_api(self, entry: str, api: str) -> bool:
+        """`api` is the entry's name without call number and direction."""
+        if self._everything:
+            wanted = self._wanted_apis.get(api)
+            if wanted is None:
+                wanted = self._wanted_apis[api] = self._risk(api) in self._risks
+            return wanted
+        if entry == self._first:
+            self._in_scope = True
+        selected = self._selected(entry)
+        if entry == self._last:
+            self._in_scope = False
+        return selected
+
+    def saves(self, entry: str) -> bool:
+        """Whether the tensors of `entry` are saved as files too."""
+        return self._save_all or self._saved(entry)
+
+    def _selected(self, entry: str) -> bool:
+        if self._first is not None and not self._in_scope:
+            return False
+        return not self._listed or bool(self._open) or self._matched(entry)

@@ -1,0 +1,1 @@
+"""What users call: PrecisionDebugger, seed_all, flush."""

@@ -1,0 +1,120 @@
+"""PrecisionDebugger: start, stop and step of a capture, as users and serving frameworks call them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from msprobe_graph.config import load_settings
+
+from .session import Session
+from .token_range import TokenRange
+
+
+class PrecisionDebugger:
+    """Captures a model, step by step, into dumps.
+
+    ::
+
+        debugger = PrecisionDebugger("config.json")
+        for batch in batches:
+            with debugger.start(model):       # or: debugger.start(model) ... debugger.stop(); debugger.step()
+                model(batch)
+
+    A step is what lies between two step() calls. Steps are counted while capture is off too, so that the numbers of two runs
+    mean the same. The other arguments of the constructor override the config file, which may be left out when `dump_path`
+    is given. Raises ConfigError when a setting is wrong, before anything runs.
+    """
+
+    def __init__(
+        self,
+        config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        task: str | None = None,
+        dump_path: str | None = None,
+        level: str | None = None,
+        step: list[int | str] | None = None,
+    ) -> None:
+        settings = load_settings(config_path or {}, task=task, dump_path=dump_path, level=level, step=step)
+        self._session = Session(settings)
+        self._models: dict[str, nn.Module] = {}
+        self._tokens: TokenRange | None = None
+
+    def start(
+        self,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        token_range: Sequence[int] | None = None,
+        rank_id: int | None = None,
+        scheduled_tokens: Mapping[str, int] | None = None,
+    ) -> PrecisionDebugger:
+        """Capture from here on, until stop(). Used as a context manager, its end is stop() and step().
+
+        model: the module, or modules, whose calls are captured. Needed at levels L0 and mix; at L1 and L2 it tells in which
+            module a call stands. It may be left out when an earlier start() named it.
+        token_range: [first, last]: within this start and stop, only these forwards of the model, counted from 0.
+        rank_id: this process's rank, where torch.distributed doesn't know it.
+        scheduled_tokens: {request: rows}, in the order in which the requests' rows stand in the batch.
+
+        Raises TypeError or ValueError, one sentence, for arguments that can't be used.
+        """
+        if model is not None:
+            self._models = _by_prefix(model)
+        level = self._session.settings.level
+        if not self._models and (level in ("L0", "mix") or token_range is not None):
+            why = f"at level {level}" if token_range is None else "to count its forwards for token_range"
+            raise ValueError(f"start() needs the model {why}: start(model) or start([model, ...])")
+        if rank_id is not None:
+            self._session.rank = rank_id
+        if not self._session.wanted():
+            self._session.leave()
+        elif level != "debug":
+            self._session.resume(self._models, scheduled_tokens)
+            if token_range is not None and self._session.capture is not None:
+                first, last = token_range
+                self._tokens = TokenRange(next(iter(self._models.values())), self._session.capture, first, last)
+        return self
+
+    def stop(self) -> None:
+        """Capture nothing until the next start()."""
+        if self._tokens is not None:
+            self._tokens.remove()
+            self._tokens = None
+        self._session.pause()
+
+    def step(self) -> None:
+        """The step is over: its dump is written, and what comes next belongs to the next step."""
+        running = self._session.capturing
+        self._session.next_step()
+        if running:
+            self.start()
+
+    def save(self, variable: Any, name: str) -> None:
+        """At level "debug": record `variable`, a tensor or a nest of them, in the step's debug.json as ``{name}.{call}.debug``."""
+        if self._session.settings.level == "debug" and self._session.wanted():
+            self._session.save(name, variable)
+
+    def flush(self) -> None:
+        """Return when everything captured so far is on disk; a step that still runs is written as unfinished."""
+        self._session.flush()
+
+    def __enter__(self) -> PrecisionDebugger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.step()
+        self.flush()
+
+
+def _by_prefix(model: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The models by the prefix of their modules' names: none for a single one, their index for those in a list."""
+    models = {"": model} if isinstance(model, nn.Module) else {str(i): each for i, each in enumerate(model)}
+    for each in models.values():
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"start() got a {type(each).__name__} as model; it takes an nn.Module or a list of them")
+    return models

@@ -1,0 +1,228 @@
+"""A capture session: steps, their gates and limits, and the way from a capture to the writer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from msprobe_graph.config import ConfigError, ConfigWatch, Settings, Slice
+from msprobe_graph.config.operators import OperatorTable
+from msprobe_graph.dump.folder import claim, run_identity
+from msprobe_graph.dump.manifest import Provenance
+from msprobe_graph.dump.records import Request, Step
+from msprobe_graph.dump.writer import Writer
+from msprobe_graph.eager.capture import EagerCapture
+from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.taps.recorder import Recorder
+from msprobe_graph.version import __version__
+
+from . import sessions
+
+log = logging.getLogger("msprobe_graph")
+
+
+class Session:
+    """Captures steps as `settings` say. Nothing is opened, and no folder made, before the first step that is wanted."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.step = 0
+        """The running step. Counts while capture is off, too."""
+        self.rank: int | None = None
+        """This process's rank where torch.distributed doesn't know it."""
+        self.capturing = False
+        self.capture: EagerCapture | None = None
+        self._watch = ConfigWatch(settings)
+        self._operators = _operators(settings)
+        self._boundary = Boundary()
+        self._recorder: Recorder | None = None
+        self._writer: Writer | None = None
+        self._dirty = False
+        """The running step has something that was not yet handed over as finished."""
+        self._captured_steps = 0
+        self._empty_steps = 0
+        self._ended = False
+        self._nth = sessions.register(self, settings.dump_path)
+
+    def wanted(self) -> bool:
+        """Whether the running step is to be captured on this rank, now."""
+        settings = self.settings
+        if self._ended or not self._watch.enabled():
+            return False
+        if settings.rank and (self._process_rank() or 0) not in settings.rank:
+            return False
+        if settings.step and self.step not in settings.step:
+            if self.step > max(settings.step):
+                self._end(f"step {self.step} is behind the last one asked for")
+            return False
+        if settings.max_steps is not None and self._captured_steps >= settings.max_steps:
+            self._end(f"max_steps ({settings.max_steps}) is reached", warn=True)
+            return False
+        if self._writer is not None and self._writer.full:
+            self._end(f"max_bytes ({self._writer.max_bytes}) is reached", warn=True)
+            return False
+        return True
+
+    def resume(self, models: Mapping[str, nn.Module], scheduled_tokens: Mapping[str, int] | None = None) -> None:
+        """Capture the models, given by the prefix of their modules' names, from here on."""
+        recorder, capture = self._opened(models)
+        requests = _requests(scheduled_tokens or {})
+        cut = self._cut(requests)
+        if cut is None:
+            return
+        recorder.cut, recorder.requests = cut, requests
+        capture.watch(models)
+        self._dirty = self.capturing = True
+        capture.start()
+
+    def pause(self) -> None:
+        """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
+        if self.capturing and self.capture is not None and self._writer is not None:
+            self.capture.stop()
+            self.capturing = False
+            self._writer.draft(self._as_step(finished=False))
+
+    def next_step(self) -> None:
+        """The running step is over."""
+        if self.capture is not None:
+            self.capture.stop()
+        self.capturing = False
+        if self._dirty and self._writer is not None:
+            self._writer.submit(self._as_step(finished=True))
+            self._captured_steps += 1
+        self._dirty = False
+        self.step += 1
+        if self.capture is not None and self._recorder is not None:
+            self._recorder.begin(self.step)
+            self.capture.begin_step(self.step)
+            self._boundary.holes.clear()
+
+    def save(self, name: str, value: Any) -> None:
+        """Record `value` in the step's debug.json as ``{name}.{call}.debug``."""
+        recorder, _ = self._opened({})
+        call = sum(entry.rsplit(".", 2)[0] == name for entry in recorder.saved)
+        entry = f"{name}.{call}.debug"
+        stem = entry if self.settings.task == "tensor" else None
+        recorder.saved[entry] = self._boundary.attempt(entry, recorder.value, value, stem)
+        self._dirty = True
+
+    def leave(self) -> None:
+        """Take every hook and mode of ours away; `resume` puts them back."""
+        self.pause()
+        if self.capture is not None:
+            self.capture.remove()
+
+    def flush(self) -> None:
+        """Return when everything captured so far is on disk; a step that still runs is written as unfinished."""
+        if self._writer is not None:
+            if self._dirty:
+                self._writer.submit(self._as_step(finished=False))
+            self._writer.flush()
+
+    def close(self) -> None:
+        """The end: the running step is finished, everything is on disk, and what is missing is said."""
+        self._end("the session was closed")
+        if self._dirty:
+            self.next_step()
+        self.flush()
+        if self._boundary.failures:
+            log.error("%d taps failed during capture; the manifests in %s list them", self._boundary.failures, self.settings.dump_path)
+
+    def _end(self, reason: str, warn: bool = False) -> None:
+        if not self._ended:
+            self._ended = True
+            self.leave()
+            log.log(logging.WARNING if warn else logging.INFO, "capture into %s has ended: %s", self.settings.dump_path, reason)
+
+    def _opened(self, models: Mapping[str, nn.Module]) -> tuple[Recorder, EagerCapture]:
+        if self._recorder is None or self.capture is None:
+            writer = self._writer = self._open_writer(models)
+            self._recorder = Recorder(self.settings, writer)
+            self._recorder.begin(self.step)
+            self.capture = EagerCapture(self.settings, self._recorder, self._boundary, self._operators)
+            self.capture.begin_step(self.step)
+        return self._recorder, self.capture
+
+    def _open_writer(self, models: Mapping[str, nn.Module]) -> Writer:
+        dump_path = Path(self.settings.dump_path)
+        run = run_identity(_world_size(), self._nth)
+        moved = claim(dump_path, run)
+        if moved is not None:
+            log.warning("%s holds an earlier run's steps; they were moved to %s", dump_path, moved)
+        rank = self._process_rank()
+        provenance = Provenance(
+            process=f"proc{os.getpid()}" if rank is None else f"rank{rank}",
+            mode="eager",
+            device=_device(models.values()),
+            package=__version__,
+            model=", ".join(type(model).__name__ for model in models.values()) or None,
+            task=self.settings.task,
+            level=self.settings.level,
+            run=run,
+            config={name: _jsonable(value) for name, value in msgspec.structs.asdict(self.settings).items()},
+        )
+        log.info("capture into %s", dump_path)
+        return Writer(dump_path, provenance, self._boundary, self.settings.max_bytes)
+
+    def _as_step(self, finished: bool) -> Step:
+        assert self._recorder is not None and self.capture is not None
+        expected, captured, holes = self.capture.sites()
+        step = self._recorder.as_step(finished, expected, captured, self.capture.rest(), [*holes, *self._boundary.holes])
+        if not step.entries and not step.saved and finished:
+            log.warning("step %d of %s captured nothing; its manifest says what was expected", step.number, self.settings.dump_path)
+        return step
+
+    def _cut(self, requests: Sequence[Request]) -> Sequence[Slice] | None:
+        """The slices that apply to every tensor; None when the request that is asked for has no rows in this step."""
+        wanted = self.settings.request_id
+        if wanted is None or not requests:
+            return self.settings.slice
+        rows = next((r for r in requests if r.request == wanted or r.request.startswith(f"{wanted}-")), None)
+        if rows is None:
+            return None
+        return (*self.settings.slice, Slice(dim=0, begin=rows.begin, end=rows.end, size=requests[-1].end))
+
+    def _process_rank(self) -> int | None:
+        if self.rank is not None:
+            return self.rank
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+        return None
+
+
+def _operators(settings: Settings) -> OperatorTable:
+    try:
+        return OperatorTable(settings.operators, settings.custom_op_namespaces)
+    except ValueError as error:
+        raise ConfigError(f"{settings.source}: {error}") from error
+
+
+def _requests(scheduled_tokens: Mapping[str, int]) -> list[Request]:
+    """Each request's rows of the batch, which hold the requests one after the other in the order given."""
+    requests, begin = [], 0
+    for request, rows in scheduled_tokens.items():
+        requests.append(Request(request, begin, begin + rows))
+        begin += rows
+    return requests
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def _device(models: Iterable[nn.Module]) -> str:
+    """The type of the device that holds the first parameter."""
+    return next((parameter.device.type for model in models for parameter in model.parameters()), "cpu")
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, frozenset) else value

@@ -1,0 +1,40 @@
+"""The captures that are open in this process: the package's one piece of global state."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from typing import Protocol
+
+
+class Session(Protocol):
+    """A capture that has something to bring to disk."""
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+_open: weakref.WeakSet[Session] = weakref.WeakSet()
+_begun: dict[str, int] = {}
+
+
+def register(session: Session, dump_path: str) -> int:
+    """Keep `session` for flush() and the exit; the answer counts the sessions begun before on that dump_path."""
+    if not _open and not _begun:
+        atexit.register(_close_all)
+    _open.add(session)
+    nth = _begun.get(dump_path, 0)
+    _begun[dump_path] = nth + 1
+    return nth
+
+
+def flush() -> None:
+    """Return when everything captured so far, of finished and unfinished steps, is on disk."""
+    for session in list(_open):
+        session.flush()
+
+
+def _close_all() -> None:
+    for session in list(_open):
+        session.close()

@@ -1,0 +1,1 @@
+"""The one dump schema: names, records, writer, reader. Imports no capture code."""

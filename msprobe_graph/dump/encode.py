@@ -1,0 +1,123 @@
+"""Entries as the JSON of dump.json.
+
+JSON has no NaN and no infinity. NaN is written as the string "nan" and infinities as the numbers 1e999 and -1e999, which
+every JSON reader takes for infinities: msProbe's own tools read both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from .records import CapturedTensor, Entry, Opaque, Statistics, TensorRecord, Unreadable
+
+_POSITIVE_INFINITY = msgspec.Raw(b"1e999")
+_NEGATIVE_INFINITY = msgspec.Raw(b"-1e999")
+
+
+def number(value: Any) -> Any:
+    """`value` as something that JSON can hold: floats that are not finite are replaced as said above."""
+    if type(value) is float and not math.isfinite(value):
+        if value != value:
+            return "nan"
+        return _POSITIVE_INFINITY if value > 0 else _NEGATIVE_INFINITY
+    return value
+
+
+class EntryEncoder:
+    """Turns the entries of one step into JSON, one at a time.
+
+    >>> EntryEncoder(statistics).encode(entry)      # bytes
+    b'{"input_args":[{"type":"torch.Tensor",...}],"input_kwargs":{},"output":[...],"module":"layers.0","number":0}'
+    """
+
+    def __init__(self, statistics: Sequence[Statistics]) -> None:
+        self._statistics = statistics
+        self._json = msgspec.json.Encoder()
+
+    def encode(self, entry: Entry) -> bytes:
+        record = {part: self.leaf(value) for part, value in entry.parts.items()}
+        record["module"] = entry.module
+        record["number"] = entry.number
+        return self._json.encode(record)
+
+    def encode_value(self, value: Any) -> bytes:
+        """One value by itself, as debug.json holds it."""
+        return self._json.encode(self.leaf(value))
+
+    def leaf(self, value: Any) -> Any:
+        """One argument, or a nest of them, in the form that dump.json gives it."""
+        kind = type(value)
+        if kind is CapturedTensor:
+            return self._tensor(value)
+        if value is None:
+            return None
+        if kind is list:
+            return [self.leaf(item) for item in value]
+        if kind is dict:
+            return {str(key): self.leaf(item) for key, item in value.items()}
+        if kind is Opaque:
+            return {"type": value.type, "value": None}
+        if kind is Unreadable:
+            return TensorRecord("torch.Tensor", value.dtype, value.shape, None, None, None, None, False, reason=value.reason)
+        return _plain(value)
+
+    def _tensor(self, tensor: CapturedTensor) -> TensorRecord:
+        record = TensorRecord(
+            "torch.Tensor", str(tensor.dtype), tensor.shape, None, None, None, None, tensor.requires_grad
+        )
+        if tensor.checksum is not None:
+            record.md5 = tensor.checksum
+        if tensor.data_name is not None:
+            record.data_name = tensor.data_name
+        if tensor.row is None:
+            return record
+        found = self._statistics[tensor.row]
+        record.Max, record.Min, record.Mean, record.Norm = found.max, found.min, found.mean, found.norm
+        record.nan_count, record.posinf_count, record.neginf_count = (
+            found.nan_count,
+            found.posinf_count,
+            found.neginf_count,
+        )
+        if found.nan_count or found.posinf_count or found.neginf_count or record.Norm == math.inf:
+            record.Max, record.Min, record.Mean, record.Norm = map(number, (record.Max, record.Min, record.Mean, record.Norm))
+            if found.finite_max is not None:
+                record.finite_Max, record.finite_Min = found.finite_max, found.finite_min
+                record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
+        return record
+
+
+def _plain(value: Any) -> Any:
+    """An argument that is no tensor: ``{"type": "int", "value": 3}``."""
+    if isinstance(value, torch.Size):
+        return {"type": "torch.Size", "value": [int(n) for n in value]}
+    if isinstance(value, (bool, int, float, str)):
+        return {"type": type(value).__name__, "value": number(value)}
+    if isinstance(value, (torch.dtype, torch.device, torch.layout)):
+        return {"type": f"torch.{type(value).__name__}", "value": str(value)}
+    if isinstance(value, torch.memory_format):
+        return {"type": "torch.memory_format", "format": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"type": "slice", "value": [value.start, value.stop, value.step]}
+    if value is Ellipsis:
+        return {"type": "ellipsis", "value": "..."}
+    if isinstance(value, complex):
+        return {"type": "complex", "value": str(value)}
+    raise TypeError(f"{type(value).__name__} is no leaf of an entry")
+
+
+def document(head: Mapping[str, Any], data: Iterable[tuple[str, bytes]]) -> bytes:
+    """dump.json: the fields of `head`, then ``"data"`` with one line an entry, in the order given."""
+    json = msgspec.json.Encoder()
+    fields = [b'"%b": %b' % (key.encode(), json.encode(value)) for key, value in head.items()]
+    entries = b",\n".join(b"  %b: %b" % (json.encode(name), record) for name, record in data)
+    return b"{\n " + b",\n ".join([*fields, b'"data": {\n' + entries + b"\n }"]) + b"\n}\n"
+
+
+def tree(value: Any) -> bytes:
+    """`value`, a tree without tensors, as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1)

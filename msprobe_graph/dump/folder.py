@@ -1,0 +1,100 @@
+"""Where a run's dumps lie, and how a run takes possession of its dump_path.
+
+::
+
+    <dump_path>/run.json                       which run the steps beside it belong to
+    <dump_path>/step<N>/rank<R>|proc<PID>/     dump.json, stack.json, construct.json, manifest.json
+                        dump_tensor_data/*.pt
+    <dump_path>.20260122T101500Z/              an earlier run's steps, moved aside whole
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RUN_FILE = "run.json"
+RUN_VARIABLE = "MSPROBE_GRAPH_RUN"
+"""Environment variable that names the run, where several processes that share a dump_path can't tell by themselves."""
+
+
+def run_identity(world_size: int, nth: int) -> str:
+    """A name that all processes of one run agree on, and no other run bears.
+
+    Ranks of one job on one host share their parent process (torchrun, vLLM's engine); a lone process is its own. `nth`
+    counts the captures begun in this process. A job over several hosts sets MSPROBE_GRAPH_RUN.
+    """
+    if named := os.environ.get(RUN_VARIABLE):
+        return f"{named}/{nth}"
+    owner = os.getppid() if world_size > 1 else os.getpid()
+    return f"{owner}@{_started(owner)}/{nth}"
+
+
+def _started(pid: int) -> str:
+    """When process `pid` started, in clock ticks since boot: tells it from a later process of the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def claim(dump_path: Path, run: str) -> Path | None:
+    """Make `dump_path` this run's: the steps of any other run are moved aside, never mixed and never lost.
+
+    Returns where they were moved to, or None where nothing had to move. OSError when the folder can't be written.
+    """
+    dump_path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(dump_path.parent):
+        moved = None
+        if _owner(dump_path) != run and any(dump_path.glob("step*")):
+            moved = _free_name(dump_path)
+            dump_path.rename(moved)
+        dump_path.mkdir(exist_ok=True)
+        (dump_path / RUN_FILE).write_text(json.dumps({"run": run}) + "\n")
+        return moved
+
+
+def _owner(dump_path: Path) -> str | None:
+    try:
+        owner = json.loads((dump_path / RUN_FILE).read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return owner if isinstance(owner, str) else None
+
+
+def _free_name(dump_path: Path) -> Path:
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    free = dump_path.with_name(f"{dump_path.name}.{stamp}")
+    again = 1
+    while free.exists():
+        free = dump_path.with_name(f"{dump_path.name}.{stamp}.{again}")
+        again += 1
+    return free
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time; the lock is on the folder itself, so nothing is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def step_folder(dump_path: Path, step: int, process: str) -> Path:
+    """``<dump_path>/step<N>/<process>``, where `process` is ``rank<R>`` or ``proc<PID>``."""
+    return dump_path / f"step{step}" / process
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader, or a kill in between, sees the old file or the new one and never half of one."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)

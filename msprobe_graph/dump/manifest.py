@@ -1,0 +1,54 @@
+"""manifest.json: what a step should have captured, what it did capture, and the reason for each hole.
+
+::
+
+    {"schema_version": 1, "status": "finished", "step": 0, "process": "rank0", "mode": "eager", "device": "cpu",
+     "package": "0.1.0", "torch": "2.13.0+cpu", "model": "Qwen2ForCausalLM", "config": {"task": "statistics", ...},
+     "entries": 212, "sites": {"expected": 40, "captured": 38},
+     "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
+     "requests": [{"request": "cmpl-1", "begin": 0, "end": 12}]}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+
+from .encode import tree
+from .records import SCHEMA_VERSION, Step
+
+
+class Provenance(msgspec.Struct):
+    """What is the same for all steps of one capture."""
+
+    process: str
+    """``rank<R>`` or ``proc<PID>``."""
+    mode: str
+    """"eager", or the name of the graph backend."""
+    device: str
+    package: str
+    model: str | None
+    task: str
+    level: str
+    config: dict[str, Any]
+    run: str
+
+
+def manifest(provenance: Provenance, step: Step) -> bytes:
+    return tree(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "status": "finished" if step.finished else "unfinished",
+            "step": step.number,
+            **{name: getattr(provenance, name) for name in ("process", "run", "mode", "device", "package")},
+            "torch": str(torch.__version__),
+            "model": provenance.model,
+            "config": provenance.config,
+            "entries": len(step.entries),
+            "sites": {"expected": step.expected, "captured": step.captured},
+            "holes": step.holes,
+            "requests": step.requests,
+        }
+    )

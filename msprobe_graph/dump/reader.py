@@ -1,0 +1,135 @@
+"""Reading dumps: ours, and msProbe's, which are the same without a manifest.
+
+    >>> for folder in steps("dump"):
+    ...     step = read(folder)
+    ...     for tensor in step.tensors():
+    ...         print(tensor.entry, tensor.position, tensor.record["Max"])
+    Functional.linear.0.forward input_args.0 1.5
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .records import SCHEMA_VERSION
+from .writer import TENSOR_FOLDER
+
+_STEP = re.compile(r"step(\d+)")
+
+
+class DumpError(ValueError):
+    """A folder or file that is no dump, or one that this version can't read."""
+
+
+class TensorAt(NamedTuple):
+    """One tensor of a dump."""
+
+    entry: str
+    position: str
+    """``input_args.0``, ``output.0.1``, ``parameters.weight``: the way to it inside the entry."""
+    record: dict[str, Any]
+
+
+class StepDump(NamedTuple):
+    """One process's dump of one step, as it was read."""
+
+    folder: Path
+    task: str
+    level: str
+    data: dict[str, dict[str, Any]]
+    """The entries by name, in execution order. NaN and infinities are floats again."""
+    construct: dict[str, str | None]
+    stack: dict[str, list[list[str]]]
+    manifest: dict[str, Any] | None
+    """None for a dump of msProbe's."""
+
+    @property
+    def finished(self) -> bool:
+        """False when the process ended, or still runs, in the middle of the step."""
+        return self.manifest is None or self.manifest["status"] == "finished"
+
+    def tensors(self) -> Iterator[TensorAt]:
+        """Every tensor of every entry, in order."""
+        for entry, record in self.data.items():
+            for position, tensor in _tensors(record, ()):
+                yield TensorAt(entry, ".".join(position), tensor)
+
+    def load(self, tensor: TensorAt) -> torch.Tensor:
+        """The saved values of `tensor`; DumpError when the dump holds its statistics only."""
+        name = tensor.record.get("data_name")
+        if name is None:
+            raise DumpError(f"{tensor.entry} {tensor.position} in {self.folder} has statistics but no saved values")
+        loaded = torch.load(self.folder / TENSOR_FOLDER / name, weights_only=True)
+        assert isinstance(loaded, torch.Tensor)
+        return loaded
+
+
+def steps(path: str | Path) -> list[Path]:
+    """The folders of one step and one process each at or below `path`, by step and then process.
+
+    `path` is a dump_path, a step folder or a process folder; DumpError when there is no dump there.
+    """
+    path = Path(path)
+    found = [file.parent for file in path.glob("**/dump.json")]
+    if not found:
+        what = "holds no dump.json" if path.is_dir() else "is no folder"
+        raise DumpError(f"{path} {what}: expected a dump_path, or a step<N> or step<N>/rank<R> folder in it")
+    return sorted(found, key=lambda folder: (_step_number(folder), str(folder)))
+
+
+def read(folder: str | Path) -> StepDump:
+    """Read one process's dump of one step; DumpError when it is none or its schema is newer than this package."""
+    folder = Path(folder)
+    dump = _read_json(folder / "dump.json")
+    manifest = _read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else None
+    if manifest is not None and manifest.get("schema_version", 0) > SCHEMA_VERSION:
+        raise DumpError(
+            f"{folder} has schema version {manifest['schema_version']}; this version of msprobe_graph reads up to {SCHEMA_VERSION}"
+        )
+    construct, stack = (
+        _read_json(folder / name) if (folder / name).exists() else {} for name in ("construct.json", "stack.json")
+    )
+    return StepDump(folder, dump.get("task"), dump.get("level"), dump.get("data", {}), construct, stack, manifest)
+
+
+def _step_number(folder: Path) -> int:
+    match = _STEP.fullmatch(folder.parent.name)
+    return int(match[1]) if match else -1
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return _restore(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise DumpError(f"{path} can't be read as JSON: {error}") from error
+
+
+def _restore(value: Any) -> Any:
+    """Statistics written as the string "nan" become floats again (1e999 already is one)."""
+    if isinstance(value, dict):
+        statistics = value.get("type") == "torch.Tensor"
+        return {
+            key: math.nan if statistics and item == "nan" else _restore(item) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_restore(item) for item in value]
+    return value
+
+
+def _tensors(value: Any, position: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    if isinstance(value, dict):
+        if value.get("type") == "torch.Tensor":
+            yield position, value
+            return
+        for key, item in value.items():
+            yield from _tensors(item, (*position, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _tensors(item, (*position, str(index)))

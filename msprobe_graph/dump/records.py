@@ -1,0 +1,159 @@
+"""What travels from a tap to the disk: a step, its entries, and the leaves inside them.
+
+A tap makes these on the hot path and never touches them again; the writer turns them into JSON. They are plain data: no
+method here reads a tensor.
+
+One entry as it comes out in dump.json::
+
+    "Functional.linear.0.forward": {
+      "input_args": [{"type": "torch.Tensor", "dtype": "torch.float32", "shape": [1, 4], "Max": 1.5, "Min": -0.5,
+                      "Mean": 0.25, "Norm": 1.9, "requires_grad": false, "nan_count": 0, ...}, ...],
+      "input_kwargs": {}, "output": [...]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+SCHEMA_VERSION = 1
+
+
+class CapturedTensor(msgspec.Struct, gc=False):
+    """One tensor that a tap has read."""
+
+    row: int | None
+    """Its row among the step's rows; None where no statistics are taken (summary_mode "xor")."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    requires_grad: bool
+    checksum: str | None = None
+    data_name: str | None = None
+    """The file that holds its values (task "tensor", or an entry in tensor_list)."""
+
+
+class Unreadable(msgspec.Struct, gc=False):
+    """A tensor whose values could not be read (sparse, nested, fake ...), with the reason."""
+
+    dtype: str
+    shape: tuple[int, ...] | None
+    reason: str
+
+
+class Opaque(msgspec.Struct, gc=False):
+    """An argument of a type that a dump does not describe: only the type's name is kept, never the object."""
+
+    type: str
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """One frame of a call stack."""
+
+    path: str
+    line: int
+    function: str
+
+
+class Entry(msgspec.Struct):
+    """One call in one direction: what went in, what came out, and where in the program it stood."""
+
+    name: str
+    parts: dict[str, Any]
+    """``input_args``, ``input_kwargs``, ``output``, ``parameters`` or ``input``, ``output``: nested lists and dicts whose
+    leaves are CapturedTensor, Unreadable, or plain Python values."""
+    module: str | None = None
+    """Qualified name of the module in whose forward the call was made ("" is the root, None is unknown)."""
+    number: int = 0
+    """Which call of that name within that module, from 0: joins programs whose global call numbers differ."""
+    parent: str | None = None
+    """The module entry that this entry ran inside."""
+    stack: tuple[Frame, ...] | None = None
+    nested: bool = True
+    """Whether it has a place in construct.json (a module's parameters_grad has none)."""
+
+
+class Hole(msgspec.Struct, frozen=True):
+    """Something that should have been captured and was not."""
+
+    site: str
+    reason: str
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request of a serving step and the rows of the batch that belong to it: ``begin <= row < end``."""
+
+    request: str
+    begin: int
+    end: int
+
+
+class Statistics(Protocol):
+    """What was measured of one tensor; see msprobe_graph.taps.Statistics."""
+
+    max: float | int | bool | None
+    min: float | int | bool | None
+    mean: float | None
+    norm: float | None
+    nan_count: int
+    posinf_count: int
+    neginf_count: int
+    finite_max: float | None
+    finite_min: float | None
+    finite_mean: float | None
+    finite_norm: float | None
+
+
+class RowSource(Protocol):
+    """Where the writer reads a step's statistics."""
+
+    def fetch(self) -> Sequence[Statistics]:
+        """The statistics of all rows so far, by row number. May wait for a device."""
+
+
+class Step(msgspec.Struct):
+    """All that one step has captured."""
+
+    number: int
+    entries: list[Entry] = []
+    rows: RowSource | None = None
+    """None where no statistics were taken."""
+    holes: list[Hole] = []
+    requests: list[Request] = []
+    saved: dict[str, Any] = {}
+    """What PrecisionDebugger.save() was given (level "debug"), by name: written to debug.json."""
+    expected: int = 0
+    """Sites that the configuration asked for in this step, as far as they are known before it runs (modules at L0, mix)."""
+    captured: int = 0
+    """How many of those were captured."""
+    finished: bool = False
+    """False while the step may still grow (stop() was called, step() was not)."""
+
+
+class TensorRecord(msgspec.Struct, omit_defaults=True):
+    """A tensor in dump.json. The first eight fields and md5, data_name are msProbe's, in its order; the rest is ours.
+
+    Max, Min, Mean and Norm (L2) are over all values and propagate NaN and infinities as torch's do; where a tensor holds
+    such values, finite_* are the same over the finite values only. NaN is written as "nan", infinities as 1e999 and -1e999.
+    """
+
+    type: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    Max: Any
+    Min: Any
+    Mean: Any
+    Norm: Any
+    requires_grad: bool
+    md5: str | msgspec.UnsetType = msgspec.UNSET
+    data_name: str | msgspec.UnsetType = msgspec.UNSET
+    nan_count: int | msgspec.UnsetType = msgspec.UNSET
+    posinf_count: int | msgspec.UnsetType = msgspec.UNSET
+    neginf_count: int | msgspec.UnsetType = msgspec.UNSET
+    finite_Max: Any = msgspec.UNSET
+    finite_Min: Any = msgspec.UNSET
+    finite_Mean: Any = msgspec.UNSET
+    finite_Norm: Any = msgspec.UNSET
+    reason: str | msgspec.UnsetType = msgspec.UNSET

@@ -1,0 +1,75 @@
+"""A tensor's row by plain torch operations: any device, no synchronisation, no shape that depends on values."""
+
+import torch
+
+SINGLE_PRECISION_DEVICES = frozenset({"mps", "npu"})
+"""Device types that have no float64 (MPS) or only an emulated one (Ascend NPU)."""
+
+
+def precision(tensor: torch.Tensor) -> torch.dtype:
+    """What the moments of `tensor` are computed in: float64, or float32 on a device that would have to emulate it."""
+    if tensor.device.type in SINGLE_PRECISION_DEVICES and tensor.dtype not in (torch.float64, torch.complex128):
+        return torch.float32
+    return torch.float64
+
+
+def absolute(tensor: torch.Tensor) -> torch.Tensor:
+    """The absolute values of a complex tensor; in float64, if there is one, so that they can't overflow."""
+    narrow = precision(tensor) is torch.float32
+    return tensor.detach().to(torch.complex64 if narrow else torch.complex128).abs()
+
+
+@torch.no_grad()
+def measure(tensor: torch.Tensor, real: torch.dtype) -> torch.Tensor:
+    """The row of a real `tensor`: an int64 tensor of shape [8] on its device, laid out as `statistics.ROW`.
+
+    Its float64 fields are there as their bits.
+    `real` is `precision(tensor)`. With float32 the first four fields hold the bits of a float32, which `widen` turns
+    into those of a float64.
+    """
+    values = tensor.detach().reshape(-1)
+    if values.numel() == 0:
+        return torch.zeros(8, dtype=torch.int64, device=values.device)
+    moments, counts = (_floats if values.dtype.is_floating_point else _integers)(values, real)
+    bits = torch.int64 if real is torch.float64 else torch.int32
+    return torch.cat([torch.stack(moments).view(bits).to(torch.int64), torch.stack(counts)])
+
+
+def widen(rows: torch.Tensor) -> torch.Tensor:
+    """Rows on the CPU, [n, 8], that `measure` made with float32, as it makes them with float64."""
+    moments = rows[:, :4].to(torch.int32).view(torch.float32).to(torch.float64)
+    return torch.cat([moments.view(torch.int64), rows[:, 4:]], dim=1)
+
+
+def _floats(values: torch.Tensor, real: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    values = values.to(real)
+    finite = values.isfinite()
+    count = finite.sum()
+    high = torch.where(finite, values, -torch.inf).amax()
+    low = torch.where(finite, values, torch.inf).amin()
+    moments = [high, low, *_mean_and_norm(torch.where(finite, values, 0), count, high, low)]
+    return moments, [values.isnan().sum(), values.isposinf().sum(), values.isneginf().sum(), count]
+
+
+def _integers(values: torch.Tensor, real: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    # An uint64 keeps its bits; with the highest one flipped its order is that of an int64.
+    flip = torch.iinfo(torch.int64).min if values.dtype is torch.uint64 else 0
+    exact = values.to(torch.int64) ^ flip
+    high, low = exact.amax() ^ flip, exact.amin() ^ flip
+    real_values = values.to(real)
+    real_high, real_low = real_values.amax(), real_values.amin()
+    count = torch.full_like(high, values.numel())
+    moments = [real_high, real_low, *_mean_and_norm(real_values, count, real_high, real_low)]
+    return moments, [high, low, torch.zeros_like(high), count]
+
+
+def _mean_and_norm(
+    values: torch.Tensor, count: torch.Tensor, high: torch.Tensor, low: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over finite values; scaled by the largest where squares would leave the range of the dtype."""
+    largest = torch.maximum(high.abs(), low.abs())
+    safe = torch.finfo(values.dtype).max ** 0.25  # its square times a billion elements is still in range
+    plain = (largest < safe) & (largest > 1 / safe) | (largest == 0) | largest.isinf()
+    scale = torch.where(plain, 1, largest)
+    scaled = values / scale
+    return scaled.sum() / count * scale, torch.linalg.vector_norm(scaled) * scale

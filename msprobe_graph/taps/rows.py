@@ -1,0 +1,118 @@
+"""The rows of one step: a tensor is measured where it passes, its statistics are read when the step is over."""
+
+import ctypes
+import itertools
+import struct
+from typing import NamedTuple
+
+import torch
+
+from . import native, portable
+from .statistics import ROW, Statistics, read_row
+from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
+
+CHUNK = 1024
+"""Rows that are allocated at once; the memory of a row never moves."""
+
+
+class KeptRow(NamedTuple):
+    """A row apart from any step's rows."""
+
+    dtype: torch.dtype
+    place: tuple[torch.device, torch.dtype] | None
+    content: bytes | torch.Tensor
+
+
+class Rows:
+    """Measures tensors now and gives their statistics later.
+
+    >>> rows = Rows()
+    >>> number = rows.add(tensor)        # 2 us and one pass over a CPU tensor; no synchronisation on other devices
+    >>> rows.fetch()[number]             # later, in any thread: one transfer per device for all rows
+    Statistics(max=4.0, min=3.0, mean=3.5, norm=5.0, ...)
+
+    `add` may be called from several threads (a backward pass has its own), `fetch` once, after the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._native = native.library()
+        self._numbers = itertools.count()
+        self._dtypes: dict[int, torch.dtype] = {}
+        self._addresses: list[int] = []  # of all rows allocated
+        self._chunks: list[ctypes.Array[ctypes.c_char]] = []  # their memory
+        # Rows that lie on a device until fetch() puts them into their places, with their numbers.
+        self._elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Measure `tensor`, of any shape, strides and dtype, as it is now, and return the number of its row.
+
+        Numbers count from 0. `Unmeasurable` with the reason if it has no values to read: sparse, nested, quantized,
+        meta, fake, inside a torch.func transform, or of a dtype without arithmetic. Call it with torch functions and
+        dispatch modes disabled.
+        """
+        dtype = tensor.dtype
+        code = native.CODES.get(dtype)
+        if code is None or self._native is None or not tensor.is_cpu:
+            return self._add_portably(tensor)
+        address = address_of(tensor)
+        count = tensor.numel()
+        number, row = self._next(dtype)
+        if count:
+            self._native.measure(tensor, address, count, code, row)
+        return number
+
+    def keep(self, number: int) -> "KeptRow":
+        """The row that `add` has just made, in a form that outlives these rows."""
+        dtype = self._dtypes[number]
+        for place, rows in self._elsewhere.items():
+            if rows[-1][0] == number:
+                return KeptRow(dtype, place, rows[-1][1])
+        return KeptRow(dtype, None, ctypes.string_at(self._addresses[number], ROW.size))
+
+    def add_kept(self, kept: "KeptRow") -> int:
+        """A row like the kept one, of a tensor that has not changed since; its number."""
+        number, row = self._next(kept.dtype)
+        if isinstance(kept.content, bytes):
+            ctypes.memmove(row, kept.content, ROW.size)
+        elif kept.place is not None:
+            self._elsewhere.setdefault(kept.place, []).append((number, kept.content))
+        return number
+
+    def fetch(self) -> list[Statistics]:
+        """The statistics of all rows, by number. Waits for the devices that hold some; call it off the hot path."""
+        for (device, real), rows in self._elsewhere.items():
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # rows were written on whatever stream was current
+            transferred = torch.stack([row for _, row in rows]).cpu()
+            words = transferred if real is torch.float64 else portable.widen(transferred)
+            for (number, _), row in zip(rows, words.tolist(), strict=True):
+                ctypes.memmove(self._addresses[number], struct.pack("=8q", *row), ROW.size)
+        self._elsewhere.clear()
+        return [
+            read_row(ROW.unpack(ctypes.string_at(self._addresses[number], ROW.size)), self._dtypes[number])
+            for number in range(len(self._dtypes))
+        ]
+
+    def _add_portably(self, tensor: torch.Tensor) -> int:
+        refuse_unmeasurable(tensor)
+        dtype = tensor.dtype
+        if dtype.is_complex:
+            return self.add(portable.absolute(tensor))
+        if dtype not in native.CODES:
+            raise Unmeasurable(f"torch does not compute with {dtype}")
+        real = portable.precision(tensor)
+        measured = portable.measure(tensor, real)
+        number, _ = self._next(dtype)
+        self._elsewhere.setdefault((measured.device, real), []).append((number, measured))
+        return number
+
+    def _next(self, dtype: torch.dtype) -> tuple[int, int]:
+        """The number and the address of a new row: 64 bytes of zeros, which is the row of an empty tensor."""
+        number = next(self._numbers)
+        self._dtypes[number] = dtype
+        while number >= len(self._addresses):
+            chunk = (ctypes.c_char * (CHUNK * ROW.size))()
+            start = ctypes.addressof(chunk)
+            self._chunks.append(chunk)
+            self._addresses.extend(range(start, start + CHUNK * ROW.size, ROW.size))
+        return number, self._addresses[number]

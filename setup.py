@@ -1,0 +1,23 @@
+"""The two things that pyproject.toml can't say: which folders are packages, and the optional C extension."""
+
+from setuptools import Extension, find_packages, setup
+
+setup(
+    # The top-level folder eager/ is installed as msprobe_graph.eager: site-packages gets no package called "eager".
+    packages=[
+        *find_packages(include=["msprobe_graph", "msprobe_graph.*"]),
+        *(f"msprobe_graph.{name}" for name in find_packages(include=["eager", "eager.*"])),
+    ],
+    package_dir={"msprobe_graph.eager": "eager"},
+    ext_modules=[
+        # Plain C, loaded with ctypes: no PyInit, no Python and no torch headers. Without a compiler it is left out, and
+        # msprobe_graph.taps falls back on torch operations. No -ffast-math: NaN and Inf are what it looks for.
+        Extension(
+            "msprobe_graph.taps._statistics",
+            sources=["msprobe_graph/taps/statistics.c"],
+            extra_compile_args=["-O3"],
+            libraries=["m"],
+            optional=True,
+        )
+    ],
+)

@@ -1,0 +1,67 @@
+"""What the tests share: the environment of vLLM, a tiny model, and the reasons for which a test is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what vLLM reads once, at import; the processes that a test starts inherit it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    # In one process requests join a step in a fixed order. Tests of workers of their own set it to 1.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches of this run alone: compiled graphs of an earlier one would hide what a test wants to see."""
+    caches = tmp_path_factory.mktemp("caches")
+    for variable in ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"):
+        os.environ[variable] = str(caches / variable.lower())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    if item.get_closest_marker("gpu") and not cuda_is_available():
+        pytest.skip("no CUDA device")
+
+
+def cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def msprobe() -> Path:
+    """The command `msprobe` of the virtual environment that MSPROBE_VENV names."""
+    environment = os.environ.get("MSPROBE_VENV")
+    if environment is None:
+        pytest.skip("MSPROBE_VENV is not set: it names a virtual environment with mindstudio-probe")
+    command = Path(environment) / "bin" / "msprobe"
+    if not command.exists():
+        pytest.skip(f"MSPROBE_VENV={environment} has no bin/msprobe")
+    return command
+
+
+@pytest.fixture(scope="session")
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model, qwen2 unless asked otherwise:
+
+    @pytest.mark.parametrize("tiny_model", ["llama", "opt"], indirect=True)
+    """
+    architecture = getattr(request, "param", "qwen2")
+    example = runpy.run_path(str(CHECKOUT / "examples" / "vllm_cpu" / "tiny_model.py"))
+    made: Path = example["make_model"](tmp_path_factory.mktemp("model") / architecture, architecture)
+    return made
