@@ -7,52 +7,23 @@ input tensor would see the total, wrong where the input is also used outside (a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from msprobe_graph.dump.names import module_entry, module_prefix
 from msprobe_graph.dump.records import Entry
 
-from ._compat import DisableTorchFunction, sequence_number
+from ._compat import DisableTorchFunction
 from .context import Context
+from .module_backward import Edges, ModuleBackward, input_edges
 
 Grads = tuple[torch.Tensor | None, ...]
-
-
-class Edges(NamedTuple):
-    """Where a module's inputs hang in the autograd graph, as found when its forward began."""
-
-    inputs: list[GradientEdge | None]
-    """For each tensor among the inputs, in order: its edge, or None where it needs no gradient."""
-    since: int
-    """Nodes of the module's own bear this sequence number or a larger one."""
-
-
-class ModuleBackward:
-    """Collects the gradients of one module call until its last own node has run."""
-
-    def __init__(self, name: str, forward: Entry, outputs: int, inputs: int) -> None:
-        self.name = name
-        self.forward = forward
-        self.given: list[Any] = [None] * outputs
-        """The output gradients, measured when they came."""
-        self.found: list[torch.Tensor | None] = [None] * inputs
-        """The input gradients, as far as they are summed up."""
-        self.through: dict[int, int] = {}
-        """Outputs that are inputs, handed through: which input by which output."""
-        self.waiting = 0
-        """Own nodes that take an input and have not run yet."""
-
-    def add(self, index: int, grad: torch.Tensor | None) -> None:
-        if grad is not None:
-            known = self.found[index]
-            self.found[index] = grad if known is None else known + grad
 
 
 class Backward:
@@ -60,16 +31,17 @@ class Backward:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._begun: dict[str, ModuleBackward] = {}
-        self._accumulated: dict[str, tuple[str, int]] = {}
+        self.reset()
 
     def reset(self) -> None:
         """A new step."""
-        self._begun.clear()
-        self._accumulated.clear()
+        self._begun: dict[str, ModuleBackward] = {}
+        self._just_done: list[str] = []
+        """Modules that ended with the node that ran last: its parameters' gradients come after, but stand before them."""
+        self._accumulated: dict[str, tuple[str, int]] = {}
 
     def rest(self) -> list[Entry]:
-        """The entries of modules whose backward has begun but, unused nodes and all, never told its end."""
+        """The entries of modules whose backward has begun and not ended."""
         return [self._module_entry(call) for call in list(self._begun.values())]
 
     def follow_call(self, name: str, forward: Entry, result: Any) -> None:
@@ -78,68 +50,69 @@ class Backward:
         if not self._context.selection.backward or output is None:
             return
         if output.requires_grad and torch.is_grad_enabled() and output.grad_fn is not None:
-            output.grad_fn.register_hook(partial(self._guarded, self._context.step, name, self._call_done, name, forward))
+            output.grad_fn.register_hook(self._tap(name, self._call_done, name, forward))
 
     def edges(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Edges:
         """To be taken when a module's forward begins, for `follow_module` at its end."""
-        inputs = [*tensors(args), *tensors(kwargs)]
-        return Edges([get_gradient_edge(x) if x.requires_grad else None for x in inputs], sequence_number())
+        return input_edges([*tensors(args), *tensors(kwargs)])
 
     def follow_module(self, name: str, forward: Entry, edges: Edges, result: Any) -> None:
         """Record as `name` the gradients of a module's outputs and inputs."""
-        outputs = list(tensors(result))
-        roots = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
-        if not any(roots):
-            return
-        wanted = {(edge.node, edge.output_nr): index for index, edge in enumerate(edges.inputs) if edge is not None}
-        call = ModuleBackward(name, forward, len(outputs), len(edges.inputs))
-        consumers = list(_consumers([edge.node for edge in roots if edge is not None], wanted, edges.since))
-        call.waiting = len(consumers)
-        for index, root in enumerate(roots):
-            if root is not None and (root.node, root.output_nr) in wanted:
-                call.through[index] = wanted[root.node, root.output_nr]
-        guarded = partial(self._guarded, self._context.step, name)
-        for index, root in enumerate(roots):
+        call = ModuleBackward(name, forward, edges, list(tensors(result)))
+        for index, root in enumerate(call.roots):
             if root is not None:
-                root.node.register_prehook(partial(guarded, self._module_given, call, index, root.output_nr))
-        for node, uses in consumers:
-            node.register_hook(partial(guarded, self._module_found, call, uses))
+                node, output = root
+                node.register_prehook(self._tap(name, self._module_given, call, index, output))
+        for node in call.inner:
+            node.register_hook(self._tap(name, self._module_used_inside, call, node))
+        for node in call.own:
+            node.register_hook(self._tap(name, self._module_run, call, node))
 
     def parameter_hooks(self, path: str, cls: str, module: nn.Module) -> Iterator[RemovableHandle]:
         """Hooks that record each own parameter's gradient once it is accumulated."""
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                yield parameter.register_post_accumulate_grad_hook(partial(self._parameter_hook, path, cls, name))
+                hook = partial(self._run, None, f"{path}.{name} gradient", partial(self._parameter_done, path, cls, name))
+                yield parameter.register_post_accumulate_grad_hook(hook)
 
-    def _guarded(self, step: int, name: str, tap: Any, *args: Any) -> None:
-        if self._context.on and self._context.step == step:
+    def _tap(self, name: str, tap: Callable[..., None], *args: Any) -> Callable[..., None]:
+        """A hook that runs `tap` with `args` and what autograd gives, in this step only."""
+        return partial(self._run, self._context.step, name, partial(tap, *args))
+
+    def _run(self, step: int | None, name: str, tap: Callable[..., None], *args: Any) -> None:
+        if self._context.on and step in (None, self._context.step):
             with DisableTorchFunction(), torch.no_grad():
                 self._context.boundary.attempt(name, tap, *args)
 
     def _call_done(self, name: str, forward: Entry, gives: Grads, given: Grads) -> None:
+        self._just_done.clear()
         self._record(self._entry(name, forward, given, gives))
 
     def _module_given(self, call: ModuleBackward, index: int, output: int, given: Grads) -> None:
-        if self._context.selection.inputs:
-            save = self._context.selection.saves(call.name)
-            stem = f"{call.name}.input.{index}" if save else None
-            call.given[index] = self._context.recorder.value(given[output], stem)
-        if index in call.through:
-            call.add(call.through[index], given[output])
+        self._just_done.clear()
+        grad = call.give(index, given[output])
+        selection = self._context.selection
+        if selection.inputs:
+            stem = f"{call.name}.input.{index}" if selection.saves(call.name) else None
+            call.given[index] = self._context.recorder.value(grad, stem)
         self._begun[call.name] = call
-        if call.waiting == 0:
-            self._module_done(call)
+        self._done_if_complete(call)
 
-    def _module_found(self, call: ModuleBackward, uses: list[tuple[int, int]], gives: Grads, given: Grads) -> None:
-        for position, index in uses:
-            call.add(index, gives[position])
-        call.waiting -= 1
-        if call.waiting == 0:
-            self._module_done(call)
+    def _module_used_inside(self, call: ModuleBackward, node: Node, gives: Grads, given: Grads) -> None:
+        call.use_inside(node, gives)
 
-    def _module_done(self, call: ModuleBackward) -> None:
+    def _module_run(self, call: ModuleBackward, node: Node, gives: Grads, given: Grads) -> None:
+        call.run(node, gives)
+        if self._done_if_complete(call):
+            self._just_done.append(call.name)
+
+    def _done_if_complete(self, call: ModuleBackward) -> bool:
+        if not call.complete or call.name not in self._begun:
+            return False
+        self._context.recorder.entries.pop(call.name, None)  # an output that got its gradient later reopened it
         self._record(self._module_entry(call))
-        self._begun.pop(call.name, None)
+        del self._begun[call.name]
+        return True
 
     def _module_entry(self, call: ModuleBackward) -> Entry:
         found = call.found if any(grad is not None for grad in call.found) else []
@@ -163,9 +136,6 @@ class Backward:
     def _record(self, entry: Entry) -> None:
         self._context.recorder.entries[entry.name] = entry
 
-    def _parameter_hook(self, path: str, cls: str, parameter: str, tensor: torch.Tensor) -> None:
-        self._guarded(self._context.step, f"{path}.{parameter} gradient", self._parameter_done, path, cls, parameter, tensor)
-
     def _parameter_done(self, path: str, cls: str, parameter: str, tensor: torch.Tensor) -> None:
         """All own parameters of a module go into one entry, which stands where the last of them was accumulated. The call
         number counts how often the first of them has been."""
@@ -183,6 +153,8 @@ class Backward:
         stem = f"{name}.{parameter}" if selection.saves(name) else None
         grads = {**(earlier.parts if earlier else {}), parameter: [self._context.recorder.value(tensor.grad, stem)]}
         entries[name] = Entry(name, grads, module=path, number=call, nested=False)
+        for done in self._just_done:
+            entries[done] = entries.pop(done)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -195,25 +167,3 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors(item)
-
-
-def _consumers(
-    roots: Iterable[Node], wanted: dict[tuple[Node, int], int], since: int
-) -> Iterator[tuple[Node, list[tuple[int, int]]]]:
-    """Of the nodes made since `since` that `roots` hang on, those that take a wanted edge: each with the positions of such
-    edges among its own and the index that `wanted` gives for them."""
-    seen = set()
-    open_nodes = list(roots)
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in seen or node._sequence_nr() < since:
-            continue
-        seen.add(node)
-        uses = []
-        for position, edge in enumerate(node.next_functions):
-            if edge in wanted:
-                uses.append((position, wanted[edge]))
-            elif edge[0] is not None:
-                open_nodes.append(edge[0])
-        if uses:
-            yield node, uses

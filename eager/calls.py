@@ -13,11 +13,17 @@ from .context import Context, here, spread
 from .written import written
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+AsWritten = Callable[[str, tuple[Any, ...], dict[str, Any]], Arguments]
+"""Puts arguments that torch hands on by keyword back where callers write them: OperatorTable.as_written."""
+
+
 class Calls:
     """`record` is given to a mode: it makes the call and records what went in and what came out."""
 
-    def __init__(self, context: Context, backward: Backward | None) -> None:
+    def __init__(self, context: Context, as_written: AsWritten, backward: Backward | None) -> None:
         self._context = context
+        self._as_written = as_written
         self._backward = backward
         """None where gradients are not recorded by call (level L2 sees backward operators as operators)."""
 
@@ -44,6 +50,7 @@ class Calls:
         parts: dict[str, Any] = {}
         if context.selection.forward and context.selection.inputs:
             save = context.selection.saves(name)
+            args, kwargs = self._as_written(api, args, kwargs)
             parts["input_args"] = context.values(args, f"{name}.input", save)
             parts["input_kwargs"] = context.named(kwargs, f"{name}.kwargs", save)
         return context.entry(name, api, parts, here(3))

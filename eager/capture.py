@@ -42,9 +42,9 @@ class EagerCapture:
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
         if settings.level in ("L1", "mix"):
-            self._mode = ModeSwitch(ApiMode(operators.name, Calls(self._context, self._backward).record))
+            self._mode = ModeSwitch(ApiMode(operators.name, Calls(self._context, operators.as_written, self._backward).record))
         elif settings.level == "L2":
-            self._mode = ModeSwitch(AtenMode(operators.aten_name, Calls(self._context, None).record))
+            self._mode = ModeSwitch(AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record))
         self._borders = BorderTaps(self._mode)
         self._compiled: list[Border] = []
 

@@ -6,6 +6,8 @@ No torch function is patched, so functions that a program imported by name are s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -51,24 +53,28 @@ class ApiMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_NO_QUESTION: dict[str, Any] = dict.fromkeys(
+    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *args: False
+)
+
+
+@lru_cache(maxsize=None)
 def _inside(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What a Python function of torch's does once it has asked the modes; None where that can't be called by itself.
+    """A Python function of torch's without its question to the modes; None for what is no Python function.
 
-    Called with a mode on, the function itself would ask the mode again, without end.
+    Called with a mode on, the function itself would ask the mode again, without end. So its code runs in a copy of the
+    function for which the answer is no; Tensor.backward, inside which activation checkpointing computes anew, is one that
+    needs it.
     """
-    if func is torch.Tensor.backward:  # recomputation under activation checkpointing runs inside
-        return _backward
-    return getattr(func, "__wrapped__", None)
-
-
-def _backward(
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+    wrapped: Callable[..., Any] | None = getattr(func, "__wrapped__", None)
+    if wrapped is not None:
+        return wrapped
+    if not isinstance(func, FunctionType) or _NO_QUESTION.keys().isdisjoint(func.__code__.co_names):
+        return None
+    scope = {**func.__globals__, **_NO_QUESTION}
+    copy = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
 class AtenMode(TorchDispatchMode):

@@ -14,9 +14,10 @@ from msprobe_graph.dump.names import module_entry, module_prefix
 from msprobe_graph.dump.records import Entry, Hole
 
 from ._compat import DisableTorchFunction
-from .backward import Backward, Edges
+from .backward import Backward
 from .call_stacks import caller_of_module
 from .context import Context, Running, here, spread
+from .module_backward import Edges
 
 
 class Call:

@@ -120,8 +120,8 @@ class OperatorTable:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call to record, where callers write them.
 
-        A Python function may ask the mode with arguments by keyword that it was itself given by position, as F.layer_norm
-        does with its weight. The call itself can be made with either.
+        A Python function may ask the mode with arguments by keyword that it was itself given by position, as
+        F.layer_norm does with its weight. The call itself can be made with either.
         """
         order = self._list.positional.get(name)
         if order is None:

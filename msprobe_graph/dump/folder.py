@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SCHEMA_VERSION = 1
+"""The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
+TENSOR_FOLDER = "dump_tensor_data"
 RUN_FILE = "run.json"
 RUN_VARIABLE = "MSPROBE_GRAPH_RUN"
 """Environment variable that names the run, where several processes that share a dump_path can't tell by themselves."""

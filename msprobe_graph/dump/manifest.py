@@ -17,7 +17,8 @@ import msgspec
 import torch
 
 from .encode import tree
-from .records import SCHEMA_VERSION, Step
+from .folder import SCHEMA_VERSION
+from .records import Step
 
 
 class Provenance(msgspec.Struct):

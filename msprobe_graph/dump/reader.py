@@ -1,4 +1,4 @@
-"""Reading dumps: ours, and msProbe's, which are the same without a manifest.
+"""Reading dumps: ours, and msProbe's, which are the same without a manifest. Importing this doesn't import torch.
 
     >>> for folder in steps("dump"):
     ...     step = read(folder)
@@ -14,12 +14,12 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from .folder import SCHEMA_VERSION, TENSOR_FOLDER
 
-from .records import SCHEMA_VERSION
-from .writer import TENSOR_FOLDER
+if TYPE_CHECKING:
+    import torch
 
 _STEP = re.compile(r"step(\d+)")
 
@@ -33,7 +33,7 @@ class TensorAt(NamedTuple):
 
     entry: str
     position: str
-    """``input_args.0``, ``output.0.1``, ``parameters.weight``: the way to it inside the entry."""
+    """``input_args.0``, ``output.0.1``, ``parameters.weight``: the way to it inside the entry; "" for a saved tensor."""
     record: dict[str, Any]
 
 
@@ -44,7 +44,7 @@ class StepDump(NamedTuple):
     task: str
     level: str
     data: dict[str, dict[str, Any]]
-    """The entries by name, in execution order. NaN and infinities are floats again."""
+    """The entries by name, in execution order, and what save() was given. NaN and infinities are floats again."""
     construct: dict[str, str | None]
     stack: dict[str, list[list[str]]]
     manifest: dict[str, Any] | None
@@ -63,6 +63,8 @@ class StepDump(NamedTuple):
 
     def load(self, tensor: TensorAt) -> torch.Tensor:
         """The saved values of `tensor`; DumpError when the dump holds its statistics only."""
+        import torch
+
         name = tensor.record.get("data_name")
         if name is None:
             raise DumpError(f"{tensor.entry} {tensor.position} in {self.folder} has statistics but no saved values")
@@ -93,10 +95,12 @@ def read(folder: str | Path) -> StepDump:
         raise DumpError(
             f"{folder} has schema version {manifest['schema_version']}; this version of msprobe_graph reads up to {SCHEMA_VERSION}"
         )
-    construct, stack = (
-        _read_json(folder / name) if (folder / name).exists() else {} for name in ("construct.json", "stack.json")
+    construct, stack, saved = (
+        _read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("construct.json", "stack.json", "debug.json")
     )
-    return StepDump(folder, dump.get("task"), dump.get("level"), dump.get("data", {}), construct, stack, manifest)
+    data = {**dump.get("data", {}), **saved.get("data", {})}
+    return StepDump(folder, str(dump.get("task")), str(dump.get("level")), data, construct, stack, manifest)
 
 
 def _step_number(folder: Path) -> int:
@@ -104,23 +108,21 @@ def _step_number(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _restore(json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes(), object_hook=_restore)
     except (OSError, ValueError) as error:
         raise DumpError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DumpError(f"{path} holds a JSON {type(content).__name__}: expected an object")
+    return content
 
 
-def _restore(value: Any) -> Any:
-    """Statistics written as the string "nan" become floats again (1e999 already is one)."""
-    if isinstance(value, dict):
-        statistics = value.get("type") == "torch.Tensor"
-        return {
-            key: math.nan if statistics and item == "nan" else _restore(item) for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_restore(item) for item in value]
-    return value
+def _restore(record: dict[str, Any]) -> dict[str, Any]:
+    """A tensor's statistics written as the string "nan" become floats again (1e999 already is one)."""
+    if record.get("type") == "torch.Tensor" and "nan" in record.values():
+        return {key: math.nan if value == "nan" else value for key, value in record.items()}
+    return record
 
 
 def _tensors(value: Any, position: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

@@ -19,8 +19,6 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-SCHEMA_VERSION = 1
-
 
 class CapturedTensor(msgspec.Struct, gc=False):
     """One tensor that a tap has read."""

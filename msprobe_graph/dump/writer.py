@@ -19,7 +19,7 @@ import torch
 
 from .boundary import Boundary
 from .encode import EntryEncoder, document, tree
-from .folder import step_folder, write_whole
+from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
 from .records import Step
 from .stack import grouped
@@ -31,7 +31,6 @@ QUEUED_BYTES = 1 << 30
 QUEUED_STEPS = 64
 """As many steps may wait to be written; then capture waits for the disk."""
 DRAFT_SECONDS = 0.5
-TENSOR_FOLDER = "dump_tensor_data"
 
 
 class _Tensor(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""Small models, one step each, that msProbe and we dump side by side. Runs in msProbe's environment: torch and nothing else.
+"""Small models, one step each, that msProbe and we dump side by side. Runs in msProbe's environment: torch alone.
 
 `CASES[name]()` gives the model and its step; who calls it has seeded torch. Nothing here draws random numbers later.
 """
@@ -169,20 +169,23 @@ class Operators(nn.Module):
         i = torch.tensor([1, 2, 4])
         t, w = x > y, x.detach()
         parts = [
-            x + y, 1 + x, x - y, 1 - x, x * y, 2 * x, x / y, 2 / x, w // 0.3, 2 // w, x % 0.3, 2 % w, x**2, 2**x, x @ y.T,
-            -x, +x, abs(x), x.add(y), x.mul(y), x.div(y), x.pow(2), x.matmul(y.t()), torch.add(x, y), torch.mul(x, y),
-            torch.rsub(x, y), x.true_divide(y), torch.absolute(x), w.floor_divide(y), torch.floor_divide(w, y),
-            F.tanh(x), F.sigmoid(x), torch.tanh(x), x.sigmoid(), F.relu6(x), F.softplus(x), F.logsigmoid(x), F.hardswish(x),
-            F.softmax(x, -1), x.softmax(-1), torch.softmax(x, -1), F.prelu(x, y[0, :1]), torch.prelu(x, y[0, :1]),
-            F.max_pool1d(x[None], 2), F.max_pool1d(x[None], 2, return_indices=True)[0], torch.max_pool1d(x[None], 2),
+            x + y, 1 + x, x - y, 1 - x, x * y, 2 * x, x / y, 2 / x, w // 0.3, 2 // w, x % 0.3, 2 % w, x**2, 2**x,
+            x @ y.T, -x, +x, abs(x), x.add(y), x.mul(y), x.div(y), x.pow(2), x.matmul(y.t()), torch.add(x, y),
+            torch.mul(x, y), torch.rsub(x, y), x.true_divide(y), torch.absolute(x), w.floor_divide(y),
+            torch.floor_divide(w, y), F.tanh(x), F.sigmoid(x), torch.tanh(x), x.sigmoid(), F.relu6(x), F.softplus(x),
+            F.logsigmoid(x), F.hardswish(x), F.softmax(x, -1), x.softmax(-1), torch.softmax(x, -1),
+            F.prelu(x, y[0, :1]), torch.prelu(x, y[0, :1]), F.max_pool1d(x[None], 2),
+            F.max_pool1d(x[None], 2, return_indices=True)[0], torch.max_pool1d(x[None], 2),
             F.upsample(x[None], scale_factor=2), F.pad(x, (1, 1)), F.layer_norm(x, (4,)), F.normalize(x),
-            torch.norm(x), torch.linalg.norm(x), torch.linalg.vector_norm(x), x.norm(), torch.clone(x), x.clamp(0, 1),
-            torch.max(x), x.max(-1).values, torch.var_mean(x)[0], torch.sort(x)[0], x.cumsum(0), torch.stack([x, y]),
-            torch.where(t, x, y), x.masked_fill(t, 0), x.index_select(0, i[:2]), torch.gather(x, 1, i[:1, None]),
-            x.expand_as(y), x.unflatten(0, (3, 1)), x.permute(1, 0), torch.block_diag(x, y), torch.tensordot(x, y.T, 1),
-            F.conv1d(x[None], y[None, :, :2]), torch.conv1d(x[None], y[None, :, :2]), F.cosine_similarity(x, y),
+            torch.norm(x), torch.linalg.norm(x), torch.linalg.vector_norm(x), x.norm(), torch.clone(x),
+            x.clamp(0, 1), torch.max(x), x.max(-1).values, torch.var_mean(x)[0], torch.sort(x)[0], x.cumsum(0),
+            torch.stack([x, y]), torch.where(t, x, y), x.masked_fill(t, 0), x.index_select(0, i[:2]),
+            torch.gather(x, 1, i[:1, None]), x.expand_as(y), x.unflatten(0, (3, 1)), x.permute(1, 0),
+            torch.block_diag(x, y), torch.tensordot(x, y.T, 1), F.conv1d(x[None], y[None, :, :2]),
+            torch.conv1d(x[None], y[None, :, :2]), F.cosine_similarity(x, y),
             F.scaled_dot_product_attention(x[None], y[None], y[None]), F.embedding(i[:2], x), F.mse_loss(x, y),
-            F.cross_entropy(x, i[[0, 0, 1]]), F.glu(x), F.unfold(x[None, None], 2), F.bilinear(x, y, x.new_ones(2, 4, 4)),
+            F.cross_entropy(x, i[[0, 0, 1]]), F.glu(x), F.unfold(x[None, None], 2),
+            F.bilinear(x, y, x.new_ones(2, 4, 4)),
         ]  # fmt: skip
         z = x.clone()
         z += y
@@ -195,10 +198,24 @@ class Operators(nn.Module):
         z[t] = 0.0
         z.index_put_((i[:1],), y[:1]).fill_diagonal_(3.0)
         F.relu_(z)
-        whole = [i & 1, i | 1, i ^ 1, 1 | i, i << 1, i >> 1, ~i, i == 2, i != 2, i.eq(2), 2 <= i, i.bitwise_and(3), 7 // i]
+        whole = [
+            i & 1,
+            i | 1,
+            i ^ 1,
+            1 | i,
+            i << 1,
+            i >> 1,
+            ~i,
+            i == 2,
+            i != 2,
+            i.eq(2),
+            i >= 2,
+            i.bitwise_and(3),
+            7 // i,
+        ]
         if (t | ~t).all() and not torch.isnan(z).any():
             parts.append(z)
-        return sum(part.sum() for part in [*parts, *whole])  # type: ignore[return-value]
+        return sum(part.sum() for part in [*parts, *whole])
 
 
 def _mlp() -> Case:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from models import CASES  # beside this file
+
 from msprobe.pytorch import PrecisionDebugger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +59,23 @@ def ours(level: str, tmp_path_factory: pytest.TempPathFactory) -> Entries:
     return {name: read_entries(dump / f"step{number}") for name, number in STEPS.items()}
 
 
+# Where modules are hooked, msProbe hands a module copies of its inputs and outputs, and that changes the program:
+PERTURBED = {
+    # in MultiheadAttention `key is value` no longer holds, so it transposes three tensors in place of one;
+    "encoder": re.compile(r"Tensor[.]transpose[.]\d+[.]\w+|Module[.].*[.]MultiheadAttention[.]backward[.]0"),
+    # an in-place ReLU acts on a view, whose backward is CopySlices' (at L1 msProbe has what we have).
+    "cnn": re.compile(r"Functional[.]relu[.]0[.]backward"),
+}
+
+
 @pytest.mark.msprobe
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_that_msprobe_records_is_missing(case: str, theirs: Entries, ours: Entries) -> None:
-    differences = compare(dict(theirs[case]), dict(ours[case]), OperatorTable().fold)
+def test_nothing_that_msprobe_records_is_missing(case: str, level: str, theirs: Entries, ours: Entries) -> None:
+    perturbed = PERTURBED.get(case) if level != "L1" else None
+    expected = {
+        entry: record for entry, record in theirs[case].items() if perturbed is None or not perturbed.fullmatch(entry)
+    }
+    differences = compare(expected, dict(ours[case]), OperatorTable().fold)
     assert differences == [], "\n".join(f"{entry}: {reason}" for entry, reason in differences)
 
 

@@ -1,0 +1,1 @@
+"""What dumps say: reads them, and never runs a model."""
