@@ -9,8 +9,20 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-DisableTorchFunction = torch._C.DisableTorchFunction
-"""A context manager inside which no function mode sees anything."""
+
+class Unseen:
+    """A context, to be entered as often as one likes, inside which no function mode sees anything."""
+
+    def __init__(self) -> None:
+        self._guards: list[Any] = []
+
+    def __enter__(self) -> None:
+        guard = torch._C.DisableTorchFunction()
+        guard.__enter__()
+        self._guards.append(guard)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._guards.pop().__exit__(kind, error, trace)
 
 
 def top_mode(kind: TorchFunctionMode | TorchDispatchMode) -> object | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -13,10 +14,11 @@ from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.taps.recorder import Recorder
 
+from ._compat import Unseen
 from .backward import Backward
 from .call_stacks import CallStacks
 from .calls import Calls
-from .compiled import Border, BorderTaps, split
+from .compiled import BorderTaps, split
 from .context import Context
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks
@@ -37,7 +39,9 @@ class EagerCapture:
 
     def __init__(self, settings: Settings, recorder: Recorder, boundary: Boundary, operators: OperatorTable) -> None:
         stacks = CallStacks() if settings.extra_info else None
-        self._context = Context(recorder, Selection(settings, operators.risk), boundary, stacks)
+        selection = Selection(settings, operators.risk)
+        unseen = Unseen() if settings.level in ("L1", "mix") else nullcontext()
+        self._context = Context(recorder, selection, boundary, stacks, unseen)
         self._backward = Backward(self._context)
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
@@ -46,17 +50,27 @@ class EagerCapture:
         elif settings.level == "L2":
             self._mode = ModeSwitch(AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record))
         self._borders = BorderTaps(self._mode)
-        self._compiled: list[Border] = []
+        self._inside: list[str] = []
+        """Modules inside compiled regions."""
+        self._expected: list[str] = []
+        """Modules that should have an entry in every step, as their entries' names begin."""
+        self._watched: set[nn.Module] = set()
 
     def watch(self, models: Mapping[str, nn.Module]) -> None:
         """Put hooks on the models, given by the prefix of their modules' names ("" for a single model)."""
-        for prefix, model in models.items():
+        new = {prefix: model for prefix, model in models.items() if model not in self._watched}
+        if not new:
+            return
+        self._watched.update(new.values())
+        for prefix, model in new.items():
             eager, borders = split(model, prefix)
             self._hooks.install(eager)
             for border in borders:
                 if border.inner not in self._hooks.taps:
                     self._borders.install(border, self._hooks.tap(border.path, border.inner))
-                    self._compiled.append(border)
+                    self._inside.extend(border.inside)
+        wanted = self._context.selection.may_want_module
+        self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
 
     def start(self) -> None:
         self._context.on = True
@@ -73,7 +87,8 @@ class EagerCapture:
         self.stop()
         self._hooks.remove()
         self._borders.remove()
-        self._compiled.clear()
+        self._inside.clear()
+        self._watched.clear()
 
     def begin_step(self, number: int) -> None:
         """Step `number`: call numbers and windows start anew."""
@@ -89,14 +104,9 @@ class EagerCapture:
     def sites(self) -> tuple[int, int, list[Hole]]:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others haven't."""
         context = self._context
-        holes = [
-            Hole(inside, "it runs inside a compiled region: capture it in graph mode")
-            for border in self._compiled
-            for inside in border.inside
-        ]
+        holes = [Hole(inside, "it runs inside a compiled region: capture it in graph mode") for inside in self._inside]
         if not self._hooks.records or not context.selection.forward:
             return 0, 0, holes
-        expected = [tap for tap in self._hooks.taps.values() if context.selection.may_want_module(tap.prefix)]
-        missing = [tap for tap in expected if not context.numbering.next(tap.prefix)]
-        holes += [Hole(tap.prefix, "its forward did not run in this step") for tap in missing]
-        return len(expected), len(expected) - len(missing), holes
+        missing = [prefix for prefix in self._expected if not context.numbering.next(prefix)]
+        holes += [Hole(prefix, "its forward did not run in this step") for prefix in missing]
+        return len(self._expected), len(self._expected) - len(missing), holes

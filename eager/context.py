@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,8 +31,8 @@ class Numbering:
         self._within.clear()
 
     def next(self, name: str) -> int:
-        """The number that the running call of `name` bears."""
-        return self._calls[name]
+        """The number that the running call of `name` bears: how many have been before."""
+        return self._calls.get(name, 0)
 
     def advance(self, name: str) -> None:
         """That call is over; the next one bears the next number."""
@@ -75,6 +76,8 @@ class Context:
     boundary: Boundary
     stacks: CallStacks | None
     """None when extra_info is off."""
+    unseen: AbstractContextManager[None]
+    """What taps outside a mode's own handler run in, so that no mode sees what they do."""
     numbering: Numbering = field(default_factory=Numbering)
     running: RunningModules = field(default_factory=RunningModules)
     on: bool = False
@@ -109,12 +112,14 @@ class Context:
     def values(self, values: Any, stem: str, save: bool) -> list[Any]:
         """Positional arguments or outputs, measured: one leaf or nest for each."""
         value = self.recorder.value
-        if save:
-            return [value(item, f"{stem}.{index}") for index, item in enumerate(values)]
-        return [value(item, None) for item in values]
+        if not save:
+            return [value(item, None) for item in values]
+        return [value(item, f"{stem}.{index}") for index, item in enumerate(values)]
 
     def named(self, values: dict[str, Any], stem: str, save: bool) -> dict[str, Any]:
         """Keyword arguments or parameters, measured."""
+        if not values:
+            return {}
         value = self.recorder.value
         return {name: value(item, f"{stem}.{name}" if save else None) for name, item in values.items()}
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from msprobe_graph.dump.names import module_entry, module_prefix
+from msprobe_graph.dump.names import module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole
 
-from ._compat import DisableTorchFunction
 from .backward import Backward
 from .call_stacks import caller_of_module
 from .context import Context, Running, here, spread
@@ -59,9 +58,9 @@ class ModuleTap:
             return
         number = context.numbering.next(self.prefix)
         context.numbering.advance(self.prefix)
-        call = Call(module_entry(self.path, self.cls, "forward", number), number, sys.exc_info()[1])
+        call = Call(module_call(self.prefix, "forward", number), number, sys.exc_info()[1])
         self._calls.append(call)
-        with DisableTorchFunction():
+        with context.unseen:
             context.boundary.attempt(call.name, self._inputs, call, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -72,7 +71,7 @@ class ModuleTap:
         context = self._context
         if context.running.stack:
             context.running.stack.pop()
-        with DisableTorchFunction():
+        with context.unseen:
             context.selection.leave(call.name)
             if call.entry is None:
                 return
@@ -121,7 +120,7 @@ class ModuleTap:
                 entry.parts["parameters"] = context.named(parameters, f"{call.name}.parameters", save)
             context.recorder.entries[call.name] = entry
         if call.edges is not None:
-            name = module_entry(self.path, self.cls, "backward", call.number)
+            name = module_call(self.prefix, "backward", call.number)
             self._backward.follow_module(name, entry, call.edges, output)
 
 

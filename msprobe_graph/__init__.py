@@ -10,9 +10,25 @@
         model(batch)
 """
 
-from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
-from msprobe_graph.debugger.seeds import seed_all
-from msprobe_graph.debugger.sessions import flush
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from msprobe_graph.version import __version__
 
+if TYPE_CHECKING:
+    from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
+    from msprobe_graph.debugger.seeds import seed_all
+    from msprobe_graph.debugger.sessions import flush
+
 __all__ = ["PrecisionDebugger", "__version__", "flush", "seed_all"]
+
+_HOMES = {"PrecisionDebugger": "debugger.precision_debugger", "flush": "debugger.sessions", "seed_all": "debugger.seeds"}
+
+
+def __getattr__(name: str) -> Any:
+    """What users import, loaded when it is first asked for: a vLLM plugin that isn't asked to capture stays small."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,9 @@
     Tensor.div.0.forward output.0 makes the first NaN
     Functional.linear.1.forward input_args.0 NaN
 
-Looked for are NaN and Inf anywhere, an output of zeros alone, and float16 or bfloat16 values within a factor of two of the
-dtype's largest. A mask of -Inf is an Inf like any other: NaN and Inf have a first maker each, so that one doesn't hide
-the other.
+Looked for are NaN and Inf anywhere, an output of zeros alone, and float16 or bfloat16 values within a factor of two of
+the dtype's largest. A mask of -Inf is an Inf like any other: NaN and Inf have a first maker each, so that one doesn't
+hide the other.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def nonfinite(record: dict[str, Any]) -> set[str]:
 
 def _made(tensor: TensorAt) -> bool:
     """Whether the tensor is what its entry made, rather than what it was given."""
-    return not tensor.position.startswith(_INPUTS)
+    return tensor.position.partition(".")[0] not in _INPUTS
 
 
 def _new(kinds: set[str], given: set[str]) -> set[str]:

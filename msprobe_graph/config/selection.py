@@ -29,6 +29,7 @@ class Selection:
         self._listed = bool(settings.list)
         self._matched = entry_matcher(settings.list)
         self._save_all = settings.task == "tensor"
+        self._save_some = bool(settings.tensor_list)
         self._saved = entry_matcher(settings.tensor_list)
         self._mix = settings.level == "mix"
         self._risks = _RISKS[settings.risk_level]
@@ -82,7 +83,7 @@ class Selection:
 
     def saves(self, entry: str) -> bool:
         """Whether the tensors of `entry` are saved as files too."""
-        return self._save_all or self._saved(entry)
+        return self._save_all or (self._save_some and self._saved(entry))
 
     def _selected(self, entry: str) -> bool:
         if self._first is not None and not self._in_scope:

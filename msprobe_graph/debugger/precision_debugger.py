@@ -27,7 +27,8 @@ class PrecisionDebugger:
 
     A step is what lies between two step() calls. Steps are counted while capture is off too, so that the numbers of two runs
     mean the same. The other arguments of the constructor override the config file, which may be left out when `dump_path`
-    is given. Raises ConfigError when a setting is wrong, before anything runs.
+    is given. `run` is a name for the run that its processes share, for those that aren't ranks of one torch.distributed
+    world on one host. Raises ConfigError when a setting is wrong, before anything runs.
     """
 
     def __init__(
@@ -37,15 +38,17 @@ class PrecisionDebugger:
         dump_path: str | None = None,
         level: str | None = None,
         step: list[int | str] | None = None,
+        *,
+        run: str | None = None,
     ) -> None:
         settings = load_settings(config_path or {}, task=task, dump_path=dump_path, level=level, step=step)
-        self._session = Session(settings)
+        self._session = Session(settings, run)
         self._models: dict[str, nn.Module] = {}
         self._tokens: TokenRange | None = None
 
     def start(
         self,
-        model: nn.Module | Sequence[nn.Module] | None = None,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
         token_range: Sequence[int] | None = None,
         rank_id: int | None = None,
         scheduled_tokens: Mapping[str, int] | None = None,
@@ -53,7 +56,8 @@ class PrecisionDebugger:
         """Capture from here on, until stop(). Used as a context manager, its end is stop() and step().
 
         model: the module, or modules, whose calls are captured. Needed at levels L0 and mix; at L1 and L2 it tells in which
-            module a call stands. It may be left out when an earlier start() named it.
+            module a call stands. It may be left out when an earlier start() named it. Parts of a model are given by their
+            qualified names: {"model.layers": ..., "lm_head": ...}.
         token_range: [first, last]: within this start and stop, only these forwards of the model, counted from 0.
         rank_id: this process's rank, where torch.distributed doesn't know it.
         scheduled_tokens: {request: rows}, in the order in which the requests' rows stand in the batch.
@@ -76,6 +80,11 @@ class PrecisionDebugger:
                 first, last = token_range
                 self._tokens = TokenRange(next(iter(self._models.values())), self._session.capture, first, last)
         return self
+
+    @property
+    def capturing(self) -> bool:
+        """Whether what runs now is captured: between start() and stop(), unless the settings leave this step or rank out."""
+        return self._session.capturing
 
     def stop(self) -> None:
         """Capture nothing until the next start()."""
@@ -111,9 +120,11 @@ class PrecisionDebugger:
         self.flush()
 
 
-def _by_prefix(model: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Module]:
+def _by_prefix(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The models by the prefix of their modules' names: none for a single one, their index for those in a list."""
-    models = {"": model} if isinstance(model, nn.Module) else {str(i): each for i, each in enumerate(model)}
+    if isinstance(model, nn.Module):
+        return {"": model}
+    models = dict(model) if isinstance(model, Mapping) else {str(i): each for i, each in enumerate(model)}
     for each in models.values():
         if not isinstance(each, nn.Module):
             raise TypeError(f"start() got a {type(each).__name__} as model; it takes an nn.Module or a list of them")

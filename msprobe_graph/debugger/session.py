@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ log = logging.getLogger("msprobe_graph")
 class Session:
     """Captures steps as `settings` say. Nothing is opened, and no folder made, before the first step that is wanted."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, run: str | None = None) -> None:
+        """`run` names the run in place of what run_identity finds out; the environment goes before both."""
         self.settings = settings
+        self._run = run
         self.step = 0
         """The running step. Counts while capture is off, too."""
         self.rank: int | None = None
@@ -87,7 +90,7 @@ class Session:
         if self.capturing and self.capture is not None and self._writer is not None:
             self.capture.stop()
             self.capturing = False
-            self._writer.draft(self._as_step(finished=False))
+            self._writer.draft(partial(self._as_step, finished=False))
 
     def next_step(self) -> None:
         """The running step is over."""
@@ -152,7 +155,7 @@ class Session:
 
     def _open_writer(self, models: Mapping[str, nn.Module]) -> Writer:
         dump_path = Path(self.settings.dump_path)
-        run = run_identity(_world_size(), self._nth)
+        run = run_identity(_world_size(), self._nth, self._run)
         moved = claim(dump_path, run)
         if moved is not None:
             log.warning("%s holds an earlier run's steps; they were moved to %s", dump_path, moved)

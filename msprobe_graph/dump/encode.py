@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
 
-from .records import CapturedTensor, Entry, Opaque, Statistics, TensorRecord, Unreadable
+from .records import CapturedTensor, Entry, Opaque, SavedTensor, Statistics, TensorRecord, Unreadable
 
 _POSITIVE_INFINITY = msgspec.Raw(b"1e999")
 _NEGATIVE_INFINITY = msgspec.Raw(b"-1e999")
@@ -31,18 +32,19 @@ def number(value: Any) -> Any:
 class EntryEncoder:
     """Turns the entries of one step into JSON, one at a time.
 
-    >>> EntryEncoder(statistics).encode(entry)      # bytes
-    b'{"input_args":[{"type":"torch.Tensor",...}],"input_kwargs":{},"output":[...],"module":"layers.0","number":0}'
+    >>> EntryEncoder().encode(entry)
+    b'{"input_args":[{"type":"torch.Tensor",...}],"input_kwargs":{},"output":[...],"site":{"module":"layers.0","number":0}}'
     """
 
-    def __init__(self, statistics: Sequence[Statistics]) -> None:
-        self._statistics = statistics
+    def __init__(self) -> None:
+        self._fetched: dict[int, Sequence[Statistics]] = {}
+        """The statistics of all rows that leaves of this step point at, by the identity of their RowSource."""
         self._json = msgspec.json.Encoder()
 
     def encode(self, entry: Entry) -> bytes:
         record = {part: self.leaf(value) for part, value in entry.parts.items()}
-        record["module"] = entry.module
-        record["number"] = entry.number
+        # A dict, because msProbe's compare searches every field of an entry for the key "md5".
+        record.setdefault("site", {"module": entry.module, "number": entry.number})
         return self._json.encode(record)
 
     def encode_value(self, value: Any) -> bytes:
@@ -53,50 +55,61 @@ class EntryEncoder:
         """One argument, or a nest of them, in the form that dump.json gives it."""
         kind = type(value)
         if kind is CapturedTensor:
-            return self._tensor(value)
+            return value.record or self._record(value)
+        if kind is SavedTensor:
+            return replace(value.tensor.record or self._record(value.tensor), data_name=value.data_name)
         if value is None:
             return None
         if kind is list:
             return [self.leaf(item) for item in value]
         if kind is dict:
-            return {str(key): self.leaf(item) for key, item in value.items()}
+            return {_text(str(key)): self.leaf(item) for key, item in value.items()}
         if kind is Opaque:
             return {"type": value.type, "value": None}
         if kind is Unreadable:
             return TensorRecord("torch.Tensor", value.dtype, value.shape, None, None, None, None, False, reason=value.reason)
         return _plain(value)
 
-    def _tensor(self, tensor: CapturedTensor) -> TensorRecord:
+    def _record(self, tensor: CapturedTensor) -> TensorRecord:
         record = TensorRecord(
             "torch.Tensor", str(tensor.dtype), tensor.shape, None, None, None, None, tensor.requires_grad
         )
         if tensor.checksum is not None:
             record.md5 = tensor.checksum
-        if tensor.data_name is not None:
-            record.data_name = tensor.data_name
-        if tensor.row is None:
+        tensor.record = record
+        if tensor.rows is None:
             return record
-        found = self._statistics[tensor.row]
+        rows = self._fetched.get(id(tensor.rows))
+        if rows is None:
+            rows = self._fetched[id(tensor.rows)] = tensor.rows.fetch()
+        found = rows[tensor.row]
         record.Max, record.Min, record.Mean, record.Norm = found.max, found.min, found.mean, found.norm
-        record.nan_count, record.posinf_count, record.neginf_count = (
-            found.nan_count,
-            found.posinf_count,
-            found.neginf_count,
-        )
-        if found.nan_count or found.posinf_count or found.neginf_count or record.Norm == math.inf:
-            record.Max, record.Min, record.Mean, record.Norm = map(number, (record.Max, record.Min, record.Mean, record.Norm))
-            if found.finite_max is not None:
-                record.finite_Max, record.finite_Min = found.finite_max, found.finite_min
-                record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
+        record.nan_count = found.nan_count
+        record.posinf_count = found.posinf_count
+        record.neginf_count = found.neginf_count
+        if found.nan_count or found.posinf_count or found.neginf_count:
+            record.finite_Max, record.finite_Min = _where_any(found.finite_max), _where_any(found.finite_min)
+            record.finite_Mean, record.finite_Norm = _where_any(found.finite_mean), _where_any(found.finite_norm)
+        if found.norm is not None and not math.isfinite(found.norm):  # only then can any of the four be
+            record.Max, record.Min, record.Mean, record.Norm = map(number, (found.max, found.min, found.mean, found.norm))
+        tensor.rows = None
         return record
+
+
+def _where_any(value: float | None) -> Any:
+    """A statistic of the finite values; left out where there are none."""
+    return msgspec.UNSET if value is None else number(value)
 
 
 def _plain(value: Any) -> Any:
     """An argument that is no tensor: ``{"type": "int", "value": 3}``."""
     if isinstance(value, torch.Size):
         return {"type": "torch.Size", "value": [int(n) for n in value]}
-    if isinstance(value, (bool, int, float, str)):
-        return {"type": type(value).__name__, "value": number(value)}
+    if isinstance(value, str):
+        return {"type": type(value).__name__, "value": _text(str.__str__(value))}
+    for kind in (bool, int, float):
+        if isinstance(value, kind):  # or of a class made from it: an enum, NumPy's float64
+            return {"type": type(value).__name__, "value": number(kind(value))}
     if isinstance(value, (torch.dtype, torch.device, torch.layout)):
         return {"type": f"torch.{type(value).__name__}", "value": str(value)}
     if isinstance(value, torch.memory_format):
@@ -108,6 +121,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, complex):
         return {"type": "complex", "value": str(value)}
     raise TypeError(f"{type(value).__name__} is no leaf of an entry")
+
+
+def _text(text: str) -> str:
+    """`text` without lone surrogates, which UTF-8 can't hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def document(head: Mapping[str, Any], data: Iterable[tuple[str, bytes]]) -> bytes:

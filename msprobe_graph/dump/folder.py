@@ -5,7 +5,7 @@
     <dump_path>/run.json                       which run the steps beside it belong to
     <dump_path>/step<N>/rank<R>|proc<PID>/     dump.json, stack.json, construct.json, manifest.json
                         dump_tensor_data/*.pt
-    <dump_path>.20260122T101500Z/              an earlier run's steps, moved aside whole
+    <dump_path>.20260122T101500Z/              an earlier run's steps, moved aside
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +23,20 @@ SCHEMA_VERSION = 1
 """The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
 TENSOR_FOLDER = "dump_tensor_data"
 RUN_FILE = "run.json"
+STEP = re.compile(r"step(\d+)")
+"""The name of a step's folder."""
 RUN_VARIABLE = "MSPROBE_GRAPH_RUN"
 """Environment variable that names the run, where several processes that share a dump_path can't tell by themselves."""
 
 
-def run_identity(world_size: int, nth: int) -> str:
+def run_identity(world_size: int, nth: int, name: str | None = None) -> str:
     """A name that all processes of one run agree on, and no other run bears.
 
     Ranks of one job on one host share their parent process (torchrun, vLLM's engine); a lone process is its own. `nth`
-    counts the captures begun in this process. A job over several hosts sets MSPROBE_GRAPH_RUN.
+    counts the captures begun in this process. A framework that has a name for the run gives it; a job over several hosts
+    sets MSPROBE_GRAPH_RUN.
     """
-    if named := os.environ.get(RUN_VARIABLE):
+    if named := os.environ.get(RUN_VARIABLE) or name:
         return f"{named}/{nth}"
     owner = os.getppid() if world_size > 1 else os.getpid()
     return f"{owner}@{_started(owner)}/{nth}"
@@ -49,14 +53,17 @@ def _started(pid: int) -> str:
 def claim(dump_path: Path, run: str) -> Path | None:
     """Make `dump_path` this run's: the steps of any other run are moved aside, never mixed and never lost.
 
-    Returns where they were moved to, or None where nothing had to move. OSError when the folder can't be written.
+    Whatever else lies in `dump_path`, which may well be the user's working directory, stays where it is. Returns where they were moved to, or None where nothing had to move. OSError when the folder can't be written.
     """
     dump_path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(dump_path.parent):
         moved = None
-        if _owner(dump_path) != run and any(dump_path.glob("step*")):
+        steps = [folder for folder in dump_path.glob("step*") if STEP.fullmatch(folder.name)]
+        if steps and _owner(dump_path) != run:
             moved = _free_name(dump_path)
-            dump_path.rename(moved)
+            moved.mkdir()
+            for earlier in [*steps, *dump_path.glob(RUN_FILE)]:
+                earlier.rename(moved / earlier.name)
         dump_path.mkdir(exist_ok=True)
         (dump_path / RUN_FILE).write_text(json.dumps({"run": run}) + "\n")
         return moved

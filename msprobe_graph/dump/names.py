@@ -14,7 +14,6 @@ number stands before the direction for an API and after it for a module (msProbe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Direction = Literal["forward", "backward", "parameters_grad"]
@@ -41,7 +40,12 @@ def api_entry(api: str, call: int, direction: Direction) -> str:
 
 
 def module_entry(path: str, cls: str, direction: Direction, call: int) -> str:
-    return f"{module_prefix(path, cls)}.{direction}.{call}"
+    return module_call(module_prefix(path, cls), direction, call)
+
+
+def module_call(prefix: str, direction: Direction, call: int) -> str:
+    """`module_entry` for a prefix that is at hand."""
+    return f"{prefix}.{direction}.{call}"
 
 
 def module_prefix(path: str, cls: str) -> str:
@@ -62,8 +66,3 @@ def parse(entry: str) -> EntryName:
         )
     parts = match.groupdict()
     return EntryName(kind, parts["name"] or "", parts.get("cls"), parts["direction"], int(parts["call"]))
-
-
-def data_name(entry: str, part: str, index: Sequence[str | int]) -> str:
-    """The file that holds one tensor of `entry`: ``Functional.linear.0.forward.input.0.pt``."""
-    return ".".join([entry, part, *map(str, index), "pt"])

@@ -1,10 +1,10 @@
 """Reading dumps: ours, and msProbe's, which are the same without a manifest. Importing this doesn't import torch.
 
-    >>> for folder in steps("dump"):
-    ...     step = read(folder)
-    ...     for tensor in step.tensors():
-    ...         print(tensor.entry, tensor.position, tensor.record["Max"])
-    Functional.linear.0.forward input_args.0 1.5
+>>> for folder in steps("dump"):
+...     step = read(folder)
+...     for tensor in step.tensors():
+...         print(tensor.entry, tensor.position, tensor.record["Max"])
+Functional.linear.0.forward input_args.0 1.5
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .folder import SCHEMA_VERSION, TENSOR_FOLDER
 if TYPE_CHECKING:
     import torch
 
-_STEP = re.compile(r"step(\d+)")
+_NUMBER = re.compile(r"\d+$")
 
 
 class DumpError(ValueError):
@@ -33,7 +33,7 @@ class TensorAt(NamedTuple):
 
     entry: str
     position: str
-    """``input_args.0``, ``output.0.1``, ``parameters.weight``: the way to it inside the entry; "" for a saved tensor."""
+    """``input_args.0``, ``output.0.1``, ``parameters.weight``: the way to it in the entry; "" for a saved tensor."""
     record: dict[str, Any]
 
 
@@ -62,13 +62,18 @@ class StepDump(NamedTuple):
                 yield TensorAt(entry, ".".join(position), tensor)
 
     def load(self, tensor: TensorAt) -> torch.Tensor:
-        """The saved values of `tensor`; DumpError when the dump holds its statistics only."""
+        """The saved values of `tensor`; DumpError when the dump holds its statistics only, or
+        the file is gone."""
         import torch
 
         name = tensor.record.get("data_name")
         if name is None:
             raise DumpError(f"{tensor.entry} {tensor.position} in {self.folder} has statistics but no saved values")
-        loaded = torch.load(self.folder / TENSOR_FOLDER / name, weights_only=True)
+        file = self.folder / TENSOR_FOLDER / name
+        try:
+            loaded = torch.load(file, weights_only=True)
+        except (OSError, RuntimeError) as error:  # gone, or cut short
+            raise DumpError(f"{file} can't be read: {error}") from error
         assert isinstance(loaded, torch.Tensor)
         return loaded
 
@@ -83,7 +88,7 @@ def steps(path: str | Path) -> list[Path]:
     if not found:
         what = "holds no dump.json" if path.is_dir() else "is no folder"
         raise DumpError(f"{path} {what}: expected a dump_path, or a step<N> or step<N>/rank<R> folder in it")
-    return sorted(found, key=lambda folder: (_step_number(folder), str(folder)))
+    return sorted(found, key=lambda folder: (_number(folder.parent), str(folder.parent), _number(folder)))
 
 
 def read(folder: str | Path) -> StepDump:
@@ -93,19 +98,24 @@ def read(folder: str | Path) -> StepDump:
     manifest = _read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else None
     if manifest is not None and manifest.get("schema_version", 0) > SCHEMA_VERSION:
         raise DumpError(
-            f"{folder} has schema version {manifest['schema_version']}; this version of msprobe_graph reads up to {SCHEMA_VERSION}"
+            f"{folder} has schema version {manifest['schema_version']}; "
+            f"this version of msprobe_graph reads up to {SCHEMA_VERSION}"
         )
     construct, stack, saved = (
         _read_json(folder / name) if (folder / name).exists() else {}
         for name in ("construct.json", "stack.json", "debug.json")
     )
-    data = {**dump.get("data", {}), **saved.get("data", {})}
+    data = dump.get("data")
+    if not isinstance(data, dict):
+        raise DumpError(f"{folder / 'dump.json'} holds no entries: expected an object with \"data\"")
+    data.update(saved.get("data", {}))
     return StepDump(folder, str(dump.get("task")), str(dump.get("level")), data, construct, stack, manifest)
 
 
-def _step_number(folder: Path) -> int:
-    match = _STEP.fullmatch(folder.parent.name)
-    return int(match[1]) if match else -1
+def _number(folder: Path) -> int:
+    """The N of ``step<N>``, ``rank<N>`` or ``proc<N>``."""
+    match = _NUMBER.search(folder.name)
+    return int(match[0]) if match else -1
 
 
 def _read_json(path: Path) -> dict[str, Any]:

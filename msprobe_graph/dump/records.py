@@ -21,16 +21,24 @@ import torch
 
 
 class CapturedTensor(msgspec.Struct, gc=False):
-    """One tensor that a tap has read."""
+    """One tensor that a tap has read. A value that did not change since is the same leaf again, in this step or a later."""
 
-    row: int | None
-    """Its row among the step's rows; None where no statistics are taken (summary_mode "xor")."""
+    rows: RowSource | None
+    row: int
+    """Which of `rows` holds its statistics; where `rows` is None none were taken (summary_mode "xor")."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     requires_grad: bool
     checksum: str | None = None
-    data_name: str | None = None
-    """The file that holds its values (task "tensor", or an entry in tensor_list)."""
+    record: TensorRecord | None = None
+    """What dump.json holds of it, once the writer has made that; then `rows` is let go."""
+
+
+class SavedTensor(msgspec.Struct, gc=False):
+    """A tensor whose values are saved as a file too (task "tensor", or an entry in tensor_list)."""
+
+    tensor: CapturedTensor
+    data_name: str
 
 
 class Unreadable(msgspec.Struct, gc=False):
@@ -47,7 +55,7 @@ class Opaque(msgspec.Struct, gc=False):
     type: str
 
 
-class Frame(msgspec.Struct, frozen=True):
+class Frame(msgspec.Struct, frozen=True, gc=False):
     """One frame of a call stack."""
 
     path: str
@@ -55,7 +63,7 @@ class Frame(msgspec.Struct, frozen=True):
     function: str
 
 
-class Entry(msgspec.Struct):
+class Entry(msgspec.Struct, gc=False):
     """One call in one direction: what went in, what came out, and where in the program it stood."""
 
     name: str
@@ -116,8 +124,6 @@ class Step(msgspec.Struct):
 
     number: int
     entries: list[Entry] = []
-    rows: RowSource | None = None
-    """None where no statistics were taken."""
     holes: list[Hole] = []
     requests: list[Request] = []
     saved: dict[str, Any] = {}
@@ -130,7 +136,7 @@ class Step(msgspec.Struct):
     """False while the step may still grow (stop() was called, step() was not)."""
 
 
-class TensorRecord(msgspec.Struct, omit_defaults=True):
+class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
     """A tensor in dump.json. The first eight fields and md5, data_name are msProbe's, in its order; the rest is ours.
 
     Max, Min, Mean and Norm (L2) are over all values and propagate NaN and infinities as torch's do; where a tensor holds

@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,7 @@ class Writer:
         self._room = threading.Condition()
         self._queued_bytes = 0
         self._queued_steps = 0
-        self._draft: Step | None = None
+        self._draft: Callable[[], Step] | None = None
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -107,8 +108,9 @@ class Writer:
         """Like `save`, for values that the file `earlier`, already handed over, holds: the two become one file on disk."""
         self._put(_Tensor(step, name, earlier))
 
-    def draft(self, step: Step) -> None:
-        """Take a step that may go on. It is written, as unfinished, when nothing else has come for DRAFT_SECONDS."""
+    def draft(self, step: Callable[[], Step]) -> None:
+        """Take a step that may go on. It is asked for and written, as unfinished, when nothing else has come for
+        DRAFT_SECONDS."""
         self._draft = step
         self._put(_Wake())
 
@@ -143,7 +145,7 @@ class Writer:
                 if self._draft is draft:
                     self._draft = None
                     self._queued_steps += 1
-                    return draft
+                    return draft()
         return self._jobs.get()
 
     def _run(self) -> None:
@@ -194,7 +196,7 @@ class Writer:
     def _write_step(self, step: Step) -> None:
         folder = self.folder(step.number)
         folder.mkdir(parents=True, exist_ok=True)
-        encoder = EntryEncoder(step.rows.fetch() if step.rows else [])
+        encoder = EntryEncoder()
         files = {
             "dump.json": document(self._head(step), ((entry.name, encoder.encode(entry)) for entry in step.entries)),
             "stack.json": tree(grouped(step.entries)),

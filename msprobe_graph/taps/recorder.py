@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from msprobe_graph.config import Settings, Slice
-from msprobe_graph.dump.records import CapturedTensor, Entry, Hole, Opaque, Request, Step, Unreadable
+from msprobe_graph.dump.records import CapturedTensor, Entry, Hole, Opaque, Request, SavedTensor, Step, Unreadable
 from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(self, settings: Settings, writer: Writer) -> None:
         self.cut: Sequence[Slice] = settings.slice
-        self._sums = {"md5": crc32, "xor": xor_checksum, "statistics": None}[settings.summary_mode]
+        self._checksum = {"md5": crc32, "xor": xor_checksum, "statistics": None}[settings.summary_mode]
         self._measures = settings.summary_mode != "xor"
         self._writer = writer
         self._measured = Measured()
@@ -45,7 +45,7 @@ class Recorder:
         """Start step `number` with nothing in it."""
         self._number = number
         self._rows = Rows()
-        self._measured.begin()
+        self._measured.forget_dead()
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
         self.holes: list[Hole] = []
@@ -59,7 +59,6 @@ class Recorder:
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
-            rows=self._rows,
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             saved=dict(self.saved),
@@ -71,6 +70,8 @@ class Recorder:
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
         kind = type(value)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            return self._tensor(value, stem)
         if kind in _PLAIN:
             return value
         if isinstance(value, torch.Tensor):
@@ -100,55 +101,47 @@ class Recorder:
             for name, item in fields.items()
         }
 
-    def _tensor(self, tensor: torch.Tensor, stem: str | None) -> CapturedTensor | Unreadable:
+    def _tensor(self, tensor: torch.Tensor, stem: str | None) -> CapturedTensor | SavedTensor | Unreadable:
         if self.cut:
             tensor = _sliced(tensor, self.cut)
         known = self._measured.lookup(tensor)
-        try:
-            captured = CapturedTensor(
-                self._row(tensor, known) if self._measures else None,
-                tensor.dtype,
-                tensor.shape,
-                tensor.requires_grad,
-                self._checksum(tensor, known) if self._sums else None,
-            )
-        except Unmeasurable as refusal:
-            self.holes.append(Hole(stem or "a tensor", str(refusal)))
-            return Unreadable(str(tensor.dtype), None, str(refusal))
-        if stem is not None:
-            captured.data_name = self._save(tensor, known, f"{stem}.pt")
-        return captured
+        leaf = known.leaf if known is not None else None
+        if leaf is None or leaf.requires_grad != tensor.requires_grad:
+            try:
+                leaf = self._read(tensor)
+            except Unmeasurable as refusal:
+                self.holes.append(Hole(stem or "a tensor", str(refusal)))
+                return Unreadable(str(tensor.dtype), None, str(refusal))
+            if known is not None:
+                known.leaf = leaf
+        if stem is None:
+            return leaf
+        name = f"{stem}.pt"
+        return SavedTensor(leaf, name) if self._save(tensor, known, name) else leaf
 
-    def _row(self, tensor: torch.Tensor, known: Known | None) -> int:
-        if known is None:
-            return self._rows.add(tensor)
-        if known.row is None:
-            if known.raw is None:
-                known.row = self._rows.add(tensor)
-                known.raw = self._rows.keep(known.row)
-            else:
-                known.row = self._rows.add_kept(known.raw)
-        return known.row
+    def _read(self, tensor: torch.Tensor) -> CapturedTensor:
+        rows = self._rows if self._measures else None
+        return CapturedTensor(
+            rows,
+            rows.add(tensor) if rows is not None else 0,
+            tensor.dtype,
+            tensor.shape,
+            tensor.requires_grad,
+            self._checksum(tensor) if self._checksum is not None else None,
+        )
 
-    def _checksum(self, tensor: torch.Tensor, known: Known | None) -> str:
-        if known is None:
-            return self._sums(tensor)
-        if known.checksum is None:
-            known.checksum = self._sums(tensor)
-        return known.checksum
-
-    def _save(self, tensor: torch.Tensor, known: Known | None, name: str) -> str | None:
-        """Hand a copy of the values to the writer; None (and a hole) when max_bytes leaves no room for it."""
+    def _save(self, tensor: torch.Tensor, known: Known | None, name: str) -> bool:
+        """Hand a copy of the values to the writer; False (and a hole) when max_bytes leaves no room for it."""
         if known is not None and known.file is not None:
             self._writer.save_again(self._number, name, known.file)
-            return name
+            return True
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if not self._writer.save(self._number, name, copy):
             self.holes.append(Hole(name, "not saved: the dump has reached max_bytes"))
-            return None
+            return False
         if known is not None:
             known.file = self._writer.tensor_file(self._number, name)
-        return name
+        return True
 
 
 def _sliced(tensor: torch.Tensor, cut: Sequence[Slice]) -> torch.Tensor:

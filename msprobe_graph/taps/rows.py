@@ -3,7 +3,6 @@
 import ctypes
 import itertools
 import struct
-from typing import NamedTuple
 
 import torch
 
@@ -13,14 +12,6 @@ from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
 
 CHUNK = 1024
 """Rows that are allocated at once; the memory of a row never moves."""
-
-
-class KeptRow(NamedTuple):
-    """A row apart from any step's rows."""
-
-    dtype: torch.dtype
-    place: tuple[torch.device, torch.dtype] | None
-    content: bytes | torch.Tensor
 
 
 class Rows:
@@ -56,26 +47,12 @@ class Rows:
             return self._add_portably(tensor)
         address = address_of(tensor)
         count = tensor.numel()
-        number, row = self._next(dtype)
+        number = next(self._numbers)
+        self._dtypes[number] = dtype
+        if number >= len(self._addresses):
+            self._grow(number)
         if count:
-            self._native.measure(tensor, address, count, code, row)
-        return number
-
-    def keep(self, number: int) -> "KeptRow":
-        """The row that `add` has just made, in a form that outlives these rows."""
-        dtype = self._dtypes[number]
-        for place, rows in self._elsewhere.items():
-            if rows[-1][0] == number:
-                return KeptRow(dtype, place, rows[-1][1])
-        return KeptRow(dtype, None, ctypes.string_at(self._addresses[number], ROW.size))
-
-    def add_kept(self, kept: "KeptRow") -> int:
-        """A row like the kept one, of a tensor that has not changed since; its number."""
-        number, row = self._next(kept.dtype)
-        if isinstance(kept.content, bytes):
-            ctypes.memmove(row, kept.content, ROW.size)
-        elif kept.place is not None:
-            self._elsewhere.setdefault(kept.place, []).append((number, kept.content))
+            self._native.measure(tensor, address, count, code, self._addresses[number])
         return number
 
     def fetch(self) -> list[Statistics]:
@@ -102,17 +79,16 @@ class Rows:
             raise Unmeasurable(f"torch does not compute with {dtype}")
         real = portable.precision(tensor)
         measured = portable.measure(tensor, real)
-        number, _ = self._next(dtype)
+        number = next(self._numbers)
+        self._dtypes[number] = dtype
+        self._grow(number)
         self._elsewhere.setdefault((measured.device, real), []).append((number, measured))
         return number
 
-    def _next(self, dtype: torch.dtype) -> tuple[int, int]:
-        """The number and the address of a new row: 64 bytes of zeros, which is the row of an empty tensor."""
-        number = next(self._numbers)
-        self._dtypes[number] = dtype
+    def _grow(self, number: int) -> None:
+        """Allocate up to row `number`. A new row is 64 bytes of zeros, which is the row of an empty tensor."""
         while number >= len(self._addresses):
             chunk = (ctypes.c_char * (CHUNK * ROW.size))()
             start = ctypes.addressof(chunk)
             self._chunks.append(chunk)
             self._addresses.extend(range(start, start + CHUNK * ROW.size, ROW.size))
-        return number, self._addresses[number]

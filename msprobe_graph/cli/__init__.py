@@ -1,0 +1,60 @@
+"""The command msprobe-graph. The only room that prints.
+
+::
+
+    msprobe-graph show DUMP [--step N] [--rank R] [--entry SUBSTRING] [--suspicious]
+
+Exit codes: 0, or 2 with one sentence on stderr for arguments that can't be used, a wrong path among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from msprobe_graph.dump.reader import DumpError
+from msprobe_graph.version import __version__
+
+from .show import show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (default: those of the process) and return its exit code.
+
+    SystemExit(2) where argparse refuses them, SystemExit(0) after --help and --version.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        for line in show(options.dump, options.step, options.rank, options.entry, options.suspicious):
+            print(line)
+        sys.stdout.flush()
+    except DumpError as error:
+        print(f"msprobe-graph: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="msprobe-graph", description="Looks at dumps of msprobe_graph and of msProbe."
+    )
+    parser.add_argument("--version", action="version", version=f"msprobe-graph {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    show_parser = commands.add_parser(
+        "show",
+        help="print a step as a table",
+        description="Prints a step as a table, a row for each tensor. Suspicious ones are marked with ! and a reason; "
+        "!! marks the call that makes the first NaN or Inf. In a terminal, names are shortened to fit and long tables "
+        "cut; piped, all is printed.",
+    )
+    show_parser.add_argument("dump", type=Path, metavar="DUMP", help="a dump_path, or a step or process folder in it")
+    show_parser.add_argument("--step", type=int, metavar="N", help="the step (default: the first one captured)")
+    show_parser.add_argument("--rank", type=int, metavar="R", help="the rank (default: the first one)")
+    show_parser.add_argument("--entry", metavar="SUBSTRING", help="only entries whose name contains this")
+    show_parser.add_argument("--suspicious", action="store_true", help="only what is suspicious")
+    return parser

@@ -1,0 +1,1 @@
+"""Frameworks that capture without an edit of theirs: one package each, loaded only where that framework asks for it."""
