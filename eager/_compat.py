@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -28,12 +28,13 @@ class Unseen:
 def top_mode(kind: TorchFunctionMode | TorchDispatchMode) -> object | None:
     """The mode on top of this thread's stack of modes of that kind."""
     if isinstance(kind, TorchFunctionMode):
-        return _get_current_function_mode()
+        return cast(object | None, _get_current_function_mode())  # type: ignore[no-untyped-call]
     return _get_current_dispatch_mode()
 
 
 def compiled_inside(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The module that a torch.compile wrapper (`torch.compile(module)`) holds; None when `module` is no such wrapper."""
+    """The module that a torch.compile wrapper (`torch.compile(module)`) holds; None when `module` is no such
+    wrapper."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # not imported: then nothing was compiled either
     if eval_frame is None or not isinstance(module, eval_frame.OptimizedModule):
         return None
@@ -47,7 +48,7 @@ def compiled_call(module: torch.nn.Module) -> Any | None:
 
 
 def replace_compiled_call(module: torch.nn.Module, call: Any) -> None:
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    module._compiled_call_impl = call
 
 
 def sequence_number() -> int:

@@ -1,8 +1,9 @@
-"""Gradients, read with hooks on autograd's nodes: nothing is added to the graph, so in-place operators work as without us.
+"""Gradients, read with hooks on autograd's nodes: nothing is added to the graph, so in-place operators work as without
+us.
 
-A call's gradients are what the node of its first output was given and gave. A module's output gradients are what the nodes
-of its outputs are given; its input gradients are the sum of what the module's own nodes give for an input: a hook on the
-input tensor would see the total, wrong where the input is also used outside (a residual).
+A call's gradients are what the node of its first output was given and gave. A module's output gradients are what the
+nodes of its outputs are given; its input gradients are the sum of what the module's own nodes give for an input: a
+hook on the input tensor would see the total, wrong where the input is also used outside (a residual).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Backward:
         """A new step."""
         self._begun: dict[str, ModuleBackward] = {}
         self._just_done: list[str] = []
-        """Modules that ended with the node that ran last: its parameters' gradients come after, but stand before them."""
+        """Modules that ended with the node that ran last: its parameters' gradients come after, but stand before
+        them."""
         self._accumulated: dict[str, tuple[str, int]] = {}
 
     def rest(self) -> list[Entry]:
@@ -71,8 +73,10 @@ class Backward:
         """Hooks that record each own parameter's gradient once it is accumulated."""
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                hook = partial(self._run, None, f"{path}.{name} gradient", partial(self._parameter_done, path, cls, name))
-                yield parameter.register_post_accumulate_grad_hook(hook)
+                hook = partial(
+                    self._run, None, f"{path}.{name} gradient", partial(self._parameter_done, path, cls, name)
+                )
+                yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _tap(self, name: str, tap: Callable[..., None], *args: Any) -> Callable[..., None]:
         """A hook that runs `tap` with `args` and what autograd gives, in this step only."""
@@ -136,8 +140,8 @@ class Backward:
         self._context.recorder.entries[entry.name] = entry
 
     def _parameter_done(self, path: str, cls: str, parameter: str, tensor: torch.Tensor) -> None:
-        """All own parameters of a module go into one entry, which stands where the last of them was accumulated. The call
-        number counts how often the first of them has been."""
+        """All own parameters of a module go into one entry, which stands where the last of them was accumulated. The
+        call number counts how often the first of them has been."""
         prefix = module_prefix(path, cls)
         first, call = self._accumulated.get(prefix, (parameter, -1))
         if parameter == first:

@@ -29,8 +29,8 @@ class Anchor(NamedTuple):
 class CallStacks:
     """Gives equal stacks as one and the same tuple.
 
-    A frame is known by its code object and its instruction, which are cheap to read; line numbers, which are not, are read
-    once for each stack. The walk up ends at an `Anchor`, such as the frame that called the running module.
+    A frame is known by its code object and its instruction, which are cheap to read; line numbers, which are not, are
+    read once for each stack. The walk up ends at an `Anchor`, such as the frame that called the running module.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,6 @@ from .backward import Backward
 from .context import Context, here, spread
 from .written import written
 
-
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 AsWritten = Callable[[str, tuple[Any, ...], dict[str, Any]], Arguments]
 """Puts arguments that torch hands on by keyword back where callers write them: OperatorTable.as_written."""
@@ -42,7 +41,9 @@ class Calls:
         if entry is not None:
             context.boundary.attempt(name, self._outputs, entry, func, args, kwargs, result)
             if self._backward is not None:
-                context.boundary.attempt(name, self._backward.follow_call, api_entry(api, number, "backward"), entry, result)
+                context.boundary.attempt(
+                    name, self._backward.follow_call, api_entry(api, number, "backward"), entry, result
+                )
         return result
 
     def _inputs(self, name: str, api: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:

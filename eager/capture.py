@@ -10,8 +10,8 @@ from torch import nn
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.config.settings import Settings
-from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.recorder import Recorder
 
 from ._compat import Unseen
@@ -46,9 +46,13 @@ class EagerCapture:
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
         if settings.level in ("L1", "mix"):
-            self._mode = ModeSwitch(ApiMode(operators.name, Calls(self._context, operators.as_written, self._backward).record))
+            self._mode = ModeSwitch(
+                ApiMode(operators.name, Calls(self._context, operators.as_written, self._backward).record)
+            )
         elif settings.level == "L2":
-            self._mode = ModeSwitch(AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record))
+            self._mode = ModeSwitch(
+                AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record)
+            )
         self._borders = BorderTaps(self._mode)
         self._inside: list[str] = []
         """Modules inside compiled regions."""
@@ -102,7 +106,8 @@ class EagerCapture:
         return self._backward.rest()
 
     def sites(self) -> tuple[int, int, list[Hole]]:
-        """Of the modules watched: how many should have an entry in this step, how many have, and why the others haven't."""
+        """Of the modules watched: how many should have an entry in this step, how many have, and why the others
+        haven't."""
         context = self._context
         holes = [Hole(inside, "it runs inside a compiled region: capture it in graph mode") for inside in self._inside]
         if not self._hooks.records or not context.selection.forward:

@@ -1,8 +1,8 @@
 """Compiled regions in an eager capture: kept as they are, seen from outside.
 
 Inside a compiled region neither mode may be on and no hook may lie: both would recompile it or run it eagerly. So the
-modules inside are left alone and named in the manifest, and at the region's border the mode is off. A function compiled by
-itself that is no module (``f = torch.compile(f)``) can't be found beforehand: it stays compiled, with one more
+modules inside are left alone and named in the manifest, and at the region's border the mode is off. A function compiled
+by itself that is no module (``f = torch.compile(f)``) can't be found beforehand: it stays compiled, with one more
 compilation for the calls made under capture.
 """
 
@@ -26,7 +26,8 @@ class Border:
     def __init__(self, path: str, module: nn.Module, inner: nn.Module) -> None:
         self.path = path
         self.module = module
-        """What the program calls: the wrapper that torch.compile returned, or the module itself after module.compile()."""
+        """What the program calls: the wrapper that torch.compile returned, or the module itself after
+        module.compile()."""
         self.inner = inner
         """The module that was compiled."""
 
@@ -79,7 +80,9 @@ class BorderTaps:
             self._undo.append(partial(replace_compiled_call, module, compiled))
             return
         handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(lambda _, args, kwargs: self._enter(border.inner, tap, args, kwargs), with_kwargs=True),
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: self._enter(border.inner, tap, args, kwargs), with_kwargs=True
+            ),
             module.register_forward_hook(
                 lambda _, args, kwargs, output: self._leave(border.inner, tap, args, kwargs, output),
                 prepend=True,
@@ -101,7 +104,9 @@ class BorderTaps:
         if self._mode is not None and self._mode.on:
             self._mode.turn_off()
 
-    def _leave(self, module: nn.Module, tap: ModuleTap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(
+        self, module: nn.Module, tap: ModuleTap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self._mode is not None and tap.running:
             self._mode.turn_on()
         tap.leave(module, args, kwargs, output)

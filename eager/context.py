@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from msprobe_graph.config.selection import Selection
-from msprobe_graph.dump.records import Entry
 from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.dump.records import Entry
 from msprobe_graph.taps.recorder import Recorder
 
 from .call_stacks import Anchor, CallStacks, Stack

@@ -6,9 +6,9 @@ No torch function is patched, so functions that a program imported by name are s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,20 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ._compat import top_mode
 
 
-class Recordable(Protocol):
-    """What records a call: makes it, and returns what it returns."""
-
-    def __call__(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+Record = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Records a call of a name and a function with its arguments: makes it, and returns what it returns."""
 
 
 class ApiMode(TorchFunctionMode):
     """Hands every call that `name` knows to `record`.
 
-    A mode is off inside its own handler, so what a known function calls stays unseen: the outermost one is recorded. What
-    an unknown one calls is seen where that is possible.
+    A mode is off inside its own handler, so what a known function calls stays unseen: the outermost one is recorded.
+    What an unknown one calls is seen where that is possible.
     """
 
-    def __init__(self, name: Callable[[Any], str | None], record: Recordable) -> None:
+    def __init__(self, name: Callable[[Any], str | None], record: Record) -> None:
         super().__init__()
         self._name = name
         self._record = record
@@ -38,7 +36,11 @@ class ApiMode(TorchFunctionMode):
         """False lets every call pass unseen."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # In a compiled region this is traced; nothing of ours may end up in the compiled program.
         if torch.compiler.is_compiling():
@@ -58,13 +60,13 @@ _NO_QUESTION: dict[str, Any] = dict.fromkeys(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _inside(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """A Python function of torch's without its question to the modes; None for what is no Python function.
 
     Called with a mode on, the function itself would ask the mode again, without end. So its code runs in a copy of the
-    function for which the answer is no; Tensor.backward, inside which activation checkpointing computes anew, is one that
-    needs it.
+    function for which the answer is no; Tensor.backward, inside which activation checkpointing computes anew, is one
+    that needs it.
     """
     wrapped: Callable[..., Any] | None = getattr(func, "__wrapped__", None)
     if wrapped is not None:
@@ -77,11 +79,11 @@ def _inside(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return copy
 
 
-class AtenMode(TorchDispatchMode):
+class AtenMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every aten (or custom) operator that `name` knows to `record`."""
 
-    def __init__(self, name: Callable[[Any], str | None], record: Recordable) -> None:
-        super().__init__()
+    def __init__(self, name: Callable[[Any], str | None], record: Record) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name = name
         self._record = record
         self.active = True
@@ -104,8 +106,8 @@ class AtenMode(TorchDispatchMode):
 class ModeSwitch:
     """Puts one mode on this thread's stack and takes it off again, whatever the program has pushed meanwhile.
 
-    A mode can be left only from the top of the stack. One that others stand on is made passive instead, and is left as soon
-    as it is found on top.
+    A mode can be left only from the top of the stack. One that others stand on is made passive instead, and is left as
+    soon as it is found on top.
     """
 
     def __init__(self, mode: ApiMode | AtenMode) -> None:
@@ -119,11 +121,11 @@ class ModeSwitch:
     def turn_on(self) -> None:
         self.mode.active = True
         if not self._entered:
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
             self._entered = True
 
     def turn_off(self) -> None:
         self.mode.active = False
         if self._entered and top_mode(self.mode) is self.mode:
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._entered = False

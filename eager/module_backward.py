@@ -29,15 +29,15 @@ class Use(NamedTuple):
 
     position: int
     """Which of the gradients that the node gives belongs to the edge."""
-    index: int
+    edge: int
     """Which input or output it is."""
 
 
 class ModuleBackward:
     """What is known of one module call's gradients so far.
 
-    `own` holds, for each of the module's nodes that matter, which inputs it takes; `inner` the same for outputs that the module uses on by
-    itself: what comes back from there is no gradient of the module's output.
+    `own` holds, for each of the module's nodes that matter, which inputs it takes; `inner` the same for outputs that
+    the module uses on by itself: what comes back from there is no gradient of the module's output.
     """
 
     def __init__(self, name: str, forward: Entry, edges: Edges, outputs: list[torch.Tensor]) -> None:
@@ -133,16 +133,12 @@ def _own_nodes(root: Node, since: int, inputs: Mapping[Edge, int]) -> Iterator[N
     open_nodes = [root]
     while open_nodes:
         node = open_nodes.pop()
-        if node in seen or node._sequence_nr() < since:  # type: ignore[attr-defined]
+        if node in seen or node._sequence_nr() < since:
             continue
         seen.add(node)
         yield node
         open_nodes.extend(edge[0] for edge in node.next_functions if edge[0] is not None and edge not in inputs)
 
 
-def _uses(node: Node, edges: Mapping[Edge, int]) -> list[Use]:
-    return [
-        Use(position, edges[edge])  # type: ignore[index]
-        for position, edge in enumerate(node.next_functions)
-        if edge in edges
-    ]
+def _uses(node: Node, edges: Mapping[Any, int]) -> list[Use]:
+    return [Use(position, edges[edge]) for position, edge in enumerate(node.next_functions) if edge in edges]

@@ -108,7 +108,9 @@ class ModuleTap:
                     call.edges = self._backward.edges(args, kwargs)
         context.running.stack.append(Running(call.name if self._records else None, self.path, anchor))
 
-    def _outputs(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _outputs(
+        self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         context = self._context
         entry = call.entry
         assert entry is not None

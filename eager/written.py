@@ -1,12 +1,12 @@
 """What a custom operator writes into its arguments, read off its schema.
 
-``torch.ops._C.rms_norm(out, input, weight, eps)`` returns nothing: what it computes lies in `out`, which the schema marks
-``Tensor(a!)``.
+``torch.ops._C.rms_norm(out, input, weight, eps)`` returns nothing: what it computes lies in `out`, which the schema
+marks ``Tensor(a!)``.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return tuple(found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mutable(func: OpOverload | OpOverloadPacket) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that the operator writes to."""
-    overload = func
+    overload: Any = func
     if isinstance(func, OpOverloadPacket):
-        names = func.overloads()
+        names = func.overloads()  # type: ignore[no-untyped-call]
         overload = getattr(func, "default" if "default" in names else names[0])
     return tuple(
         (position, argument.name)

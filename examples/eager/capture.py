@@ -38,7 +38,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * size, size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        change: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return x + change
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Which entries a configuration asks for: scope, list, data_mode, tensor_list and risk_level, applied to entry names.
 
-The rules are msProbe's. ``scope`` is a pair of full entry names, from and to, both included. ``list`` matches substrings
-(or a regular expression, ``name-regex(...)``); at level mix a module whose name matches opens a window over all that runs
-inside it. Where neither is given, ``risk_level`` decides which API calls are left out.
+The rules are msProbe's. ``scope`` is a pair of full entry names, from and to, both included. ``list`` matches
+substrings (or a regular expression, ``name-regex(...)``); at level mix a module whose name matches opens a window over
+all that runs inside it. Where neither is given, ``risk_level`` decides which API calls are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class Selection:
         self.outputs = "output" in settings.data_mode
         self.forward = "forward" in settings.data_mode
         self.backward = "backward" in settings.data_mode
-        self._first, self._last = settings.scope if settings.scope else (None, None)
+        self._first: str | None = None
+        self._last: str | None = None
+        if settings.scope is not None:
+            self._first, self._last = settings.scope
         self._listed = bool(settings.list)
         self._matched = entry_matcher(settings.list)
         self._save_all = settings.task == "tensor"

@@ -25,10 +25,10 @@ class PrecisionDebugger:
             with debugger.start(model):       # or: debugger.start(model) ... debugger.stop(); debugger.step()
                 model(batch)
 
-    A step is what lies between two step() calls. Steps are counted while capture is off too, so that the numbers of two runs
-    mean the same. The other arguments of the constructor override the config file, which may be left out when `dump_path`
-    is given. `run` is a name for the run that its processes share, for those that aren't ranks of one torch.distributed
-    world on one host. Raises ConfigError when a setting is wrong, before anything runs.
+    A step is what lies between two step() calls. Steps are counted while capture is off too, so that the numbers of
+    two runs mean the same. The other arguments of the constructor override the config file, which may be left out when
+    `dump_path` is given. `run` is a name for the run that its processes share, for those that aren't ranks of one
+    torch.distributed world on one host. Raises ConfigError when a setting is wrong, before anything runs.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class PrecisionDebugger:
     ) -> PrecisionDebugger:
         """Capture from here on, until stop(). Used as a context manager, its end is stop() and step().
 
-        model: the module, or modules, whose calls are captured. Needed at levels L0 and mix; at L1 and L2 it tells in which
-            module a call stands. It may be left out when an earlier start() named it. Parts of a model are given by their
-            qualified names: {"model.layers": ..., "lm_head": ...}.
+        model: the module, or modules, whose calls are captured. Needed at levels L0 and mix; at L1 and L2 it tells in
+        which
+            module a call stands. It may be left out when an earlier start() named it. Parts of a model are given by
+            their qualified names: {"model.layers": ..., "lm_head": ...}.
         token_range: [first, last]: within this start and stop, only these forwards of the model, counted from 0.
         rank_id: this process's rank, where torch.distributed doesn't know it.
         scheduled_tokens: {request: rows}, in the order in which the requests' rows stand in the batch.
@@ -70,20 +71,21 @@ class PrecisionDebugger:
         if not self._models and (level in ("L0", "mix") or token_range is not None):
             why = f"at level {level}" if token_range is None else "to count its forwards for token_range"
             raise ValueError(f"start() needs the model {why}: start(model) or start([model, ...])")
+        forwards = None if token_range is None else _forwards(token_range)
         if rank_id is not None:
             self._session.rank = rank_id
         if not self._session.wanted():
             self._session.leave()
         elif level != "debug":
             self._session.resume(self._models, scheduled_tokens)
-            if token_range is not None and self._session.capture is not None:
-                first, last = token_range
-                self._tokens = TokenRange(next(iter(self._models.values())), self._session.capture, first, last)
+            if forwards is not None and self._session.capture is not None:
+                self._tokens = TokenRange(next(iter(self._models.values())), self._session.capture, forwards)
         return self
 
     @property
     def capturing(self) -> bool:
-        """Whether what runs now is captured: between start() and stop(), unless the settings leave this step or rank out."""
+        """Whether what runs now is captured: between start() and stop(), unless the settings leave this step or rank
+        out."""
         return self._session.capturing
 
     def stop(self) -> None:
@@ -101,7 +103,8 @@ class PrecisionDebugger:
             self.start()
 
     def save(self, variable: Any, name: str) -> None:
-        """At level "debug": record `variable`, a tensor or a nest of them, in the step's debug.json as ``{name}.{call}.debug``."""
+        """At level "debug": record `variable`, a tensor or a nest of them, in the step's debug.json as
+        ``{name}.{call}.debug``."""
         if self._session.settings.level == "debug" and self._session.wanted():
             self._session.save(name, variable)
 
@@ -124,8 +127,23 @@ def _by_prefix(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module])
     """The models by the prefix of their modules' names: none for a single one, their index for those in a list."""
     if isinstance(model, nn.Module):
         return {"": model}
+    if not isinstance(model, (Sequence, Mapping)):
+        raise TypeError(f"start() got a {type(model).__name__} as model; it takes an nn.Module or a list of them")
     models = dict(model) if isinstance(model, Mapping) else {str(i): each for i, each in enumerate(model)}
     for each in models.values():
         if not isinstance(each, nn.Module):
             raise TypeError(f"start() got a {type(each).__name__} as model; it takes an nn.Module or a list of them")
     return models
+
+
+def _forwards(token_range: Sequence[int]) -> range:
+    """The forwards from the first to the last of `token_range`, both included."""
+    try:
+        first, last = token_range
+        if 0 <= first <= last:
+            return range(first, last + 1)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"start() got token_range {token_range!r}; it takes two numbers, [first, last], with 0 <= first <= last"
+    )

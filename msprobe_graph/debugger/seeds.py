@@ -13,8 +13,9 @@ SEED_MAX = 2**32 - 1
 def seed_all(seed: int = 1234, mode: bool = False) -> None:
     """Seed Python, NumPy (where it is installed) and torch on every device.
 
-    With `mode`, also ask torch for deterministic algorithms, and the CUDA and communication libraries through environment
-    variables, which act on what is initialised after this call. Raises ValueError for a seed outside 0 .. 2**32 - 1.
+    With `mode`, also ask torch for deterministic algorithms, and the CUDA and communication libraries through
+    environment variables, which act on what is initialised after this call. Raises ValueError for a seed outside 0 ..
+    2**32 - 1.
     """
     if not 0 <= seed <= SEED_MAX:
         raise ValueError(f"seed_all: seed is {seed}; it must be from 0 to {SEED_MAX}")

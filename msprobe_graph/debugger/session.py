@@ -15,12 +15,12 @@ from torch import nn
 
 from msprobe_graph.config import ConfigError, ConfigWatch, Settings, Slice
 from msprobe_graph.config.operators import OperatorTable
+from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.folder import claim, run_identity
 from msprobe_graph.dump.manifest import Provenance
-from msprobe_graph.dump.records import Request, Step
+from msprobe_graph.dump.records import Hole, Request, Step
 from msprobe_graph.dump.writer import Writer
 from msprobe_graph.eager.capture import EagerCapture
-from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
 
@@ -50,7 +50,6 @@ class Session:
         self._dirty = False
         """The running step has something that was not yet handed over as finished."""
         self._captured_steps = 0
-        self._empty_steps = 0
         self._ended = False
         self._nth = sessions.register(self, settings.dump_path)
 
@@ -59,23 +58,29 @@ class Session:
         settings = self.settings
         if self._ended or not self._watch.enabled():
             return False
+        if self._writer is not None and self._writer.pid != os.getpid():
+            self._end("this process was forked from the one that captures", logging.WARNING)
+            return False
         if settings.rank and (self._process_rank() or 0) not in settings.rank:
             return False
         if settings.step and self.step not in settings.step:
             if self.step > max(settings.step):
                 self._end(f"step {self.step} is behind the last one asked for")
             return False
-        if settings.max_steps is not None and self._captured_steps >= settings.max_steps:
-            self._end(f"max_steps ({settings.max_steps}) is reached", warn=True)
+        if self._at_max_steps():
+            self._end(f"max_steps ({settings.max_steps}) is reached", logging.WARNING)
             return False
         if self._writer is not None and self._writer.full:
-            self._end(f"max_bytes ({self._writer.max_bytes}) is reached", warn=True)
+            self._end(f"max_bytes ({self._writer.max_bytes}) is reached", logging.WARNING)
             return False
         return True
 
     def resume(self, models: Mapping[str, nn.Module], scheduled_tokens: Mapping[str, int] | None = None) -> None:
         """Capture the models, given by the prefix of their modules' names, from here on."""
-        recorder, capture = self._opened(models)
+        opened = self._opened(models)
+        if opened is None:
+            return
+        recorder, capture = opened
         requests = _requests(scheduled_tokens or {})
         cut = self._cut(requests)
         if cut is None:
@@ -98,8 +103,8 @@ class Session:
             self.capture.stop()
         self.capturing = False
         if self._dirty and self._writer is not None:
-            self._writer.submit(self._as_step(finished=True))
             self._captured_steps += 1
+            self._writer.submit(self._as_step(finished=True))
         self._dirty = False
         self.step += 1
         if self.capture is not None and self._recorder is not None:
@@ -109,7 +114,10 @@ class Session:
 
     def save(self, name: str, value: Any) -> None:
         """Record `value` in the step's debug.json as ``{name}.{call}.debug``."""
-        recorder, _ = self._opened({})
+        opened = self._opened({})
+        if opened is None:
+            return
+        recorder, _ = opened
         call = sum(entry.rsplit(".", 2)[0] == name for entry in recorder.saved)
         entry = f"{name}.{call}.debug"
         stem = entry if self.settings.task == "tensor" else None
@@ -136,17 +144,29 @@ class Session:
             self.next_step()
         self.flush()
         if self._boundary.failures:
-            log.error("%d taps failed during capture; the manifests in %s list them", self._boundary.failures, self.settings.dump_path)
+            log.error(
+                "%d taps failed during capture; the manifests in %s list them",
+                self._boundary.failures,
+                self.settings.dump_path,
+            )
 
-    def _end(self, reason: str, warn: bool = False) -> None:
+    def _end(self, reason: str, level: int = logging.INFO) -> None:
         if not self._ended:
             self._ended = True
             self.leave()
-            log.log(logging.WARNING if warn else logging.INFO, "capture into %s has ended: %s", self.settings.dump_path, reason)
+            log.log(level, "capture into %s has ended: %s", self.settings.dump_path, reason)
 
-    def _opened(self, models: Mapping[str, nn.Module]) -> tuple[Recorder, EagerCapture]:
+    def _at_max_steps(self) -> bool:
+        return self.settings.max_steps is not None and self._captured_steps >= self.settings.max_steps
+
+    def _opened(self, models: Mapping[str, nn.Module]) -> tuple[Recorder, EagerCapture] | None:
+        """None when dump_path can't be written: then capture has ended, and the model goes on."""
         if self._recorder is None or self.capture is None:
-            writer = self._writer = self._open_writer(models)
+            try:
+                writer = self._writer = self._open_writer(models)
+            except OSError as error:
+                self._end(f"it can't be written to ({error})", logging.ERROR)
+                return None
             self._recorder = Recorder(self.settings, writer)
             self._recorder.begin(self.step)
             self.capture = EagerCapture(self.settings, self._recorder, self._boundary, self._operators)
@@ -175,22 +195,42 @@ class Session:
         return Writer(dump_path, provenance, self._boundary, self.settings.max_bytes)
 
     def _as_step(self, finished: bool) -> Step:
-        assert self._recorder is not None and self.capture is not None
+        assert self._recorder is not None
+        assert self.capture is not None
         expected, captured, holes = self.capture.sites()
-        step = self._recorder.as_step(finished, expected, captured, self.capture.rest(), [*holes, *self._boundary.holes])
+        if self._at_max_steps():
+            holes.append(Hole("later steps", f"max_steps ({self.settings.max_steps}) is reached"))
+        step = self._recorder.as_step(
+            finished, expected, captured, self.capture.rest(), [*holes, *self._boundary.holes]
+        )
         if not step.entries and not step.saved and finished:
-            log.warning("step %d of %s captured nothing; its manifest says what was expected", step.number, self.settings.dump_path)
+            log.warning(
+                "step %d of %s captured nothing; its manifest says what was expected",
+                step.number,
+                self.settings.dump_path,
+            )
         return step
 
     def _cut(self, requests: Sequence[Request]) -> Sequence[Slice] | None:
-        """The slices that apply to every tensor; None when the request that is asked for has no rows in this step."""
+        """The slices that apply to every tensor; None when the request that is asked for has no rows in this step.
+
+        A tensor with a row for each token of the batch is cut to the request's tokens, one with a row for each request
+        (logits, sampled tokens) to its one row. They are told by their length.
+        """
         wanted = self.settings.request_id
         if wanted is None or not requests:
             return self.settings.slice
-        rows = next((r for r in requests if r.request == wanted or r.request.startswith(f"{wanted}-")), None)
-        if rows is None:
+        names = [request.request for request in requests]
+        meant = [name for name in names if name == wanted] or [name for name in names if name.startswith(f"{wanted}-")]
+        if not meant:
             return None
-        return (*self.settings.slice, Slice(dim=0, begin=rows.begin, end=rows.end, size=requests[-1].end))
+        index = names.index(meant[0])
+        rows = requests[index]
+        return (
+            *self.settings.slice,
+            Slice(dim=0, begin=index, end=index + 1, size=len(requests)),
+            Slice(dim=0, begin=rows.begin, end=rows.end, size=requests[-1].end),
+        )
 
     def _process_rank(self) -> int | None:
         if self.rank is not None:

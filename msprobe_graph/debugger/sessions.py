@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import weakref
 from typing import Protocol
 
 
@@ -15,7 +14,8 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-_open: weakref.WeakSet[Session] = weakref.WeakSet()
+_open: list[Session] = []
+"""Kept alive to the end: what a debugger that went out of scope has captured is still to be written."""
 _begun: dict[str, int] = {}
 
 
@@ -23,7 +23,7 @@ def register(session: Session, dump_path: str) -> int:
     """Keep `session` for flush() and the exit; the answer counts the sessions begun before on that dump_path."""
     if not _open and not _begun:
         atexit.register(_close_all)
-    _open.add(session)
+    _open.append(session)
     nth = _begun.get(dump_path, 0)
     _begun[dump_path] = nth + 1
     return nth

@@ -11,11 +11,11 @@ from msprobe_graph.eager.capture import EagerCapture
 
 
 class TokenRange:
-    """Counts the forwards of `model`, from 0, and captures those from `first` to `last`, both included."""
+    """Counts the forwards of `model`, from 0, and captures those in `forwards`."""
 
-    def __init__(self, model: nn.Module, capture: EagerCapture, first: int, last: int) -> None:
+    def __init__(self, model: nn.Module, capture: EagerCapture, forwards: range) -> None:
         self._capture = capture
-        self._range = range(first, last + 1)
+        self._range = forwards
         self._forwards = 0
         self._handle: RemovableHandle = model.register_forward_pre_hook(self._count, prepend=True)
         capture.stop()

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 class Boundary:
-    """Runs taps. What one of them raises becomes a hole in `holes`, is logged with its traceback the first time, and goes
-    no further."""
+    """Runs taps. What one of them raises becomes a hole in `holes`, is logged with its traceback the first time, and
+    goes no further."""
 
     def __init__(self) -> None:
         self.holes: list[Hole] = []
@@ -27,9 +27,13 @@ class Boundary:
         """What `tap` returns, or None when it failed."""
         try:
             return tap(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the boundary: see the module's docstring
+        except Exception as error:
             self.holes.append(Hole(site, f"capture failed: {type(error).__name__}: {error}"))
             if self.failures == 0:
-                log.error("capture of %s failed; the model goes on, and the manifest lists what is missing", site, exc_info=error)
+                log.error(
+                    "capture of %s failed; the model goes on, and the manifest lists what is missing",
+                    site,
+                    exc_info=error,
+                )
             self.failures += 1
             return None

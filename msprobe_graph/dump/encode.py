@@ -1,7 +1,7 @@
 """Entries as the JSON of dump.json.
 
-JSON has no NaN and no infinity. NaN is written as the string "nan" and infinities as the numbers 1e999 and -1e999, which
-every JSON reader takes for infinities: msProbe's own tools read both.
+JSON has no NaN and no infinity. NaN is written as the string "nan" and infinities as the numbers 1e999 and -1e999,
+which every JSON reader takes for infinities: msProbe's own tools read both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import torch
 from msgspec.structs import replace
 
-from .records import CapturedTensor, Entry, Opaque, SavedTensor, Statistics, TensorRecord, Unreadable
+from .records import CapturedTensor, Entry, Opaque, RowSource, SavedTensor, Statistics, TensorRecord, Unreadable
 
 _POSITIVE_INFINITY = msgspec.Raw(b"1e999")
 _NEGATIVE_INFINITY = msgspec.Raw(b"-1e999")
@@ -37,8 +37,8 @@ class EntryEncoder:
     """
 
     def __init__(self) -> None:
-        self._fetched: dict[int, Sequence[Statistics]] = {}
-        """The statistics of all rows that leaves of this step point at, by the identity of their RowSource."""
+        self._fetched: dict[RowSource, Sequence[Statistics]] = {}
+        """The statistics of all rows that leaves of this step point at."""
         self._json = msgspec.json.Encoder()
 
     def encode(self, entry: Entry) -> bytes:
@@ -60,40 +60,55 @@ class EntryEncoder:
             return replace(value.tensor.record or self._record(value.tensor), data_name=value.data_name)
         if value is None:
             return None
-        if kind is list:
-            return [self.leaf(item) for item in value]
+        if kind is list:  # most are lists of tensors: one call less for each
+            return [
+                (item.record or self._record(item)) if type(item) is CapturedTensor else self.leaf(item)
+                for item in value
+            ]
         if kind is dict:
             return {_text(str(key)): self.leaf(item) for key, item in value.items()}
         if kind is Opaque:
             return {"type": value.type, "value": None}
         if kind is Unreadable:
-            return TensorRecord("torch.Tensor", value.dtype, value.shape, None, None, None, None, False, reason=value.reason)
+            return TensorRecord(
+                "torch.Tensor", value.dtype, value.shape, None, None, None, None, False, reason=value.reason
+            )
         return _plain(value)
 
     def _record(self, tensor: CapturedTensor) -> TensorRecord:
-        record = TensorRecord(
-            "torch.Tensor", str(tensor.dtype), tensor.shape, None, None, None, None, tensor.requires_grad
-        )
-        if tensor.checksum is not None:
-            record.md5 = tensor.checksum
-        tensor.record = record
+        checksum = msgspec.UNSET if tensor.checksum is None else tensor.checksum
+        dtype = _DTYPES.get(tensor.dtype) or str(tensor.dtype)
+        head = ("torch.Tensor", dtype, tensor.shape)
         if tensor.rows is None:
-            return record
-        rows = self._fetched.get(id(tensor.rows))
-        if rows is None:
-            rows = self._fetched[id(tensor.rows)] = tensor.rows.fetch()
-        found = rows[tensor.row]
-        record.Max, record.Min, record.Mean, record.Norm = found.max, found.min, found.mean, found.norm
-        record.nan_count = found.nan_count
-        record.posinf_count = found.posinf_count
-        record.neginf_count = found.neginf_count
-        if found.nan_count or found.posinf_count or found.neginf_count:
+            record = TensorRecord(*head, None, None, None, None, tensor.requires_grad, checksum)
+        else:
+            record = self._measured(head, tensor, tensor.rows, checksum)
+        tensor.record, tensor.rows = record, None
+        return record
+
+    def _measured(
+        self,
+        head: tuple[str, str, Any],
+        tensor: CapturedTensor,
+        rows: RowSource,
+        checksum: str | float | msgspec.UnsetType,
+    ) -> TensorRecord:
+        fetched = self._fetched.get(rows)
+        if fetched is None:
+            fetched = self._fetched[rows] = rows.fetch()
+        found = fetched[tensor.row]
+        values = (found.max, found.min, found.mean, found.norm)
+        if found.norm is not None and not math.isfinite(found.norm):  # only then can any of the four be
+            values = tuple(map(number, values))
+        counts = (found.nan_count, found.posinf_count, found.neginf_count)
+        record = TensorRecord(*head, *values, tensor.requires_grad, checksum, msgspec.UNSET, *counts)
+        if any(counts):
             record.finite_Max, record.finite_Min = _where_any(found.finite_max), _where_any(found.finite_min)
             record.finite_Mean, record.finite_Norm = _where_any(found.finite_mean), _where_any(found.finite_norm)
-        if found.norm is not None and not math.isfinite(found.norm):  # only then can any of the four be
-            record.Max, record.Min, record.Mean, record.Norm = map(number, (found.max, found.min, found.mean, found.norm))
-        tensor.rows = None
         return record
+
+
+_DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def _where_any(value: float | None) -> Any:

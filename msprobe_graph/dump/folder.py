@@ -33,8 +33,8 @@ def run_identity(world_size: int, nth: int, name: str | None = None) -> str:
     """A name that all processes of one run agree on, and no other run bears.
 
     Ranks of one job on one host share their parent process (torchrun, vLLM's engine); a lone process is its own. `nth`
-    counts the captures begun in this process. A framework that has a name for the run gives it; a job over several hosts
-    sets MSPROBE_GRAPH_RUN.
+    counts the captures begun in this process. A framework that has a name for the run gives it; a job over several
+    hosts sets MSPROBE_GRAPH_RUN.
     """
     if named := os.environ.get(RUN_VARIABLE) or name:
         return f"{named}/{nth}"
@@ -53,7 +53,8 @@ def _started(pid: int) -> str:
 def claim(dump_path: Path, run: str) -> Path | None:
     """Make `dump_path` this run's: the steps of any other run are moved aside, never mixed and never lost.
 
-    Whatever else lies in `dump_path`, which may well be the user's working directory, stays where it is. Returns where they were moved to, or None where nothing had to move. OSError when the folder can't be written.
+    Whatever else lies in `dump_path`, which may well be the user's working directory, stays where it is. Returns where
+    they were moved to, or None where nothing had to move. OSError when the folder can't be written.
     """
     dump_path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(dump_path.parent):

@@ -1,7 +1,8 @@
 """Entry names: how a call is called in dump.json, and back.
 
-An API call reads ``{prefix}.{api}.{call}.{direction}``, a module call ``Module.{path}.{Class}.{direction}.{call}``: the call
-number stands before the direction for an API and after it for a module (msProbe's format, kept so that its tools read ours).
+An API call reads ``{prefix}.{api}.{call}.{direction}``, a module call ``Module.{path}.{Class}.{direction}.{call}``:
+the call number stands before the direction for an API and after it for a module (msProbe's format, kept so that its
+tools read ours).
 
     >>> api_entry("Functional.linear", 0, "forward")
     'Functional.linear.0.forward'
@@ -19,7 +20,9 @@ from typing import Literal, NamedTuple
 Direction = Literal["forward", "backward", "parameters_grad"]
 
 _API = re.compile(r"(?P<name>.+)\.(?P<call>\d+)\.(?P<direction>forward|backward)")
-_MODULE = re.compile(r"Module\.(?:(?P<name>.+)\.)?(?P<cls>[^.]+)\.(?P<direction>forward|backward|parameters_grad)\.(?P<call>\d+)")
+_MODULE = re.compile(
+    r"Module\.(?:(?P<name>.+)\.)?(?P<cls>[^.]+)\.(?P<direction>forward|backward|parameters_grad)\.(?P<call>\d+)"
+)
 
 
 class EntryName(NamedTuple):
@@ -65,4 +68,5 @@ def parse(entry: str) -> EntryName:
             "or Module.{path}.{Class}.{forward|backward|parameters_grad}.{call}"
         )
     parts = match.groupdict()
-    return EntryName(kind, parts["name"] or "", parts.get("cls"), parts["direction"], int(parts["call"]))
+    direction: Direction = parts["direction"]  # type: ignore[assignment]  # one of them: it matched
+    return EntryName(kind, parts["name"] or "", parts.get("cls"), direction, int(parts["call"]))

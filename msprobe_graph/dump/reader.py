@@ -107,7 +107,7 @@ def read(folder: str | Path) -> StepDump:
     )
     data = dump.get("data")
     if not isinstance(data, dict):
-        raise DumpError(f"{folder / 'dump.json'} holds no entries: expected an object with \"data\"")
+        raise DumpError(f'{folder / "dump.json"} holds no entries: expected an object with "data"')
     data.update(saved.get("data", {}))
     return StepDump(folder, str(dump.get("task")), str(dump.get("level")), data, construct, stack, manifest)
 

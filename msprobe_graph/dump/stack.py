@@ -18,8 +18,7 @@ def grouped(entries: Iterable[Entry]) -> dict[str, tuple[list[str], list[str]]]:
         if entry.stack is not None:  # by identity: a capture shares one tuple between entries of one stack
             groups.setdefault(id(entry.stack), ([], entry.stack))[0].append(entry.name)
     return {
-        str(number): (names, [_line(frame) for frame in stack])
-        for number, (names, stack) in enumerate(groups.values())
+        str(number): (names, [_line(frame) for frame in stack]) for number, (names, stack) in enumerate(groups.values())
     }
 
 

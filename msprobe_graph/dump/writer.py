@@ -1,8 +1,8 @@
 """The one writer: a background thread that turns steps into files, off the hot path.
 
 Steps and tensors are handed over in order and written in order. A step's folder is whole when its manifest says
-"finished": the manifest is the last file written, and every JSON file is replaced in one piece, so a process killed at any
-moment leaves finished steps whole and an unfinished one recognisable.
+"finished": the manifest is the last file written, and every JSON file is replaced in one piece, so a process killed at
+any moment leaves finished steps whole and an unfinished one recognisable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .boundary import Boundary
 from .encode import EntryEncoder, document, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
-from .records import Step
+from .records import Hole, Step
 from .stack import grouped
 
 log = logging.getLogger("msprobe_graph")
@@ -55,9 +55,9 @@ _Job = _Tensor | Step | _Wake | _Flush
 class Writer:
     """Writes one process's steps under `dump_path`.
 
-    `max_bytes` bounds what is written in all; once it is reached `full` is True and tensors are no longer taken (the step
-    that is being captured is still written). An OSError (disk full, folder gone) sets `failed` and is logged once: from then on
-    everything handed over is dropped.
+    `max_bytes` bounds what is written in all; once it is reached `full` is True and tensors are no longer taken (the
+    step that is being captured is still written). An OSError (disk full, folder gone) sets `failed` and is logged
+    once: from then on everything handed over is dropped.
     """
 
     def __init__(
@@ -75,8 +75,11 @@ class Writer:
         self._queued_bytes = 0
         self._queued_steps = 0
         self._draft: Callable[[], Step] | None = None
-        self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
+        self.pid = os.getpid()
+        """The process in which the writer's thread runs: in one forked from it there is none."""
+        # Started here and not when there is work: at the interpreter's exit, when the last step comes, no thread
+        # starts.
+        threading.Thread(target=self._run, name="msprobe_graph writer", daemon=True).start()
 
     @property
     def full(self) -> bool:
@@ -101,51 +104,48 @@ class Writer:
         with self._room:
             self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES)
             self._queued_bytes += size
-        self._put(_Tensor(step, name, value))
+        self._jobs.put(_Tensor(step, name, value))
         return True
 
     def save_again(self, step: int, name: str, earlier: Path) -> None:
-        """Like `save`, for values that the file `earlier`, already handed over, holds: the two become one file on disk."""
-        self._put(_Tensor(step, name, earlier))
+        """Like `save`, for values that the file `earlier`, already handed over, holds: the two become one file on
+        disk."""
+        self._jobs.put(_Tensor(step, name, earlier))
 
     def draft(self, step: Callable[[], Step]) -> None:
         """Take a step that may go on. It is asked for and written, as unfinished, when nothing else has come for
         DRAFT_SECONDS."""
         self._draft = step
-        self._put(_Wake())
+        self._jobs.put(_Wake())
 
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end."""
-        self._draft = None
         with self._room:
+            self._draft = None
             self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS)
             self._queued_steps += 1
-        self._put(step)
+        self._jobs.put(step)
 
     def flush(self) -> None:
         """Return when all that was handed over is on disk (or, after a failure, dropped)."""
-        if self._thread is None or self._pid != os.getpid():
+        if self.pid != os.getpid():
             return
         done = threading.Event()
-        self._put(_Flush(done))
+        self._jobs.put(_Flush(done))
         done.wait()
-
-    def _put(self, job: _Job) -> None:
-        self._jobs.put(job)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="msprobe_graph writer", daemon=True)
-            self._thread.start()
 
     def _next(self) -> _Job:
         """The next job; the draft becomes one when nothing else comes."""
-        while (draft := self._draft) is not None:
+        while self._draft is not None:
             try:
                 return self._jobs.get(timeout=DRAFT_SECONDS)
             except queue.Empty:
-                if self._draft is draft:
-                    self._draft = None
-                    self._queued_steps += 1
-                    return draft()
+                with self._room:  # submit() waits, so that the step can't end meanwhile
+                    draft, self._draft = self._draft, None
+                    step = self._boundary.attempt(str(self.dump_path), draft) if draft is not None else None
+                    if step is not None:
+                        self._queued_steps += 1
+                        return step
         return self._jobs.get()
 
     def _run(self) -> None:
@@ -174,13 +174,15 @@ class Writer:
                 self._write_tensor(job)
         except OSError as error:
             self.failed = error
-            log.error("msprobe_graph stopped writing to %s (%s); what was captured since is lost", self.dump_path, error)
+            log.error(
+                "msprobe_graph stopped writing to %s (%s); what was captured since is lost", self.dump_path, error
+            )
 
     def _write_tensor(self, job: _Tensor) -> None:
         path = self.tensor_file(job.step, job.name)
         if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-            self._announce(job.step)
+            self._begin(job.step)
+            path.parent.mkdir()
         if isinstance(job.value, torch.Tensor):
             torch.save(job.value, path)
             return
@@ -189,13 +191,16 @@ class Writer:
         except OSError:  # a file system without hard links, or the earlier step was deleted meanwhile
             shutil.copyfile(job.value, path)
 
-    def _announce(self, step: int) -> None:
-        """Say in a manifest that the step has begun: only tensors of it have been written so far."""
-        write_whole(self.folder(step) / "manifest.json", manifest(self.provenance, Step(step)))
+    def _begin(self, step: int) -> Path:
+        """The step's folder; the first time with a manifest that says that the step is not finished."""
+        folder = self.folder(step)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_whole(folder / "manifest.json", manifest(self.provenance, Step(step)))
+        return folder
 
     def _write_step(self, step: Step) -> None:
-        folder = self.folder(step.number)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._begin(step.number)
         encoder = EntryEncoder()
         files = {
             "dump.json": document(self._head(step), ((entry.name, encoder.encode(entry)) for entry in step.entries)),
@@ -205,10 +210,12 @@ class Writer:
         if step.saved:
             values = ((name, encoder.encode_value(value)) for name, value in step.saved.items())
             files["debug.json"] = document(self._head(step), values)
+        self.written += sum(map(len, files.values()))
+        if self.full:
+            step.holes.append(Hole("later steps", f"max_bytes ({self.max_bytes}) is reached"))
         files["manifest.json"] = manifest(self.provenance, step)
         for name, content in files.items():
             write_whole(folder / name, content)
-            self.written += len(content)
 
     def _construct(self, step: Step) -> dict[str, str | None]:
         """Each entry's parent; empty at the levels that know no modules, as msProbe's is."""

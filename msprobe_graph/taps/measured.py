@@ -1,11 +1,11 @@
 """What is known of a tensor that was measured before, so that no value is read twice.
 
-A weight is measured once per version, not once per call, and a large output of one call that is the input of the next is measured
-once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and a probe
-of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter does not
-see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 8
-elements: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode have no version counter: they
-are measured every time.
+A weight is measured once per version, not once per call, and a large output of one call that is the input of the next
+is measured once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and
+a probe of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter
+does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 8
+elements: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode have no version counter:
+they are measured every time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from msprobe_graph.dump.records import CapturedTensor
 from .native import fingerprint
 
 WORTH_REMEMBERING = 128 * 1024
-"""Bytes; to measure less than this again costs about as much as to look it up. Parameters are remembered whatever their size."""
+"""Bytes; to measure less than this again costs about as much as to look it up. Parameters are remembered whatever
+their size."""
 
 
 class Known(msgspec.Struct, gc=False):
@@ -50,7 +51,7 @@ class Measured:
 
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """
-        if type(tensor) is not torch.nn.Parameter and tensor.nbytes < WORTH_REMEMBERING:
+        if type(tensor) is not torch.nn.Parameter and tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
             return None
         if tensor.is_inference():
             return None

@@ -1,7 +1,7 @@
 """The one path from a tap to the writer: values become leaves, leaves become entries, entries become a step.
 
-Eager hooks and graph taps both end here. Everything is read at once, so that a later in-place change can't alter what was
-recorded; a value that was measured already in this step, and has not changed since, is not measured again.
+Eager hooks and graph taps both end here. Everything is read at once, so that a later in-place change can't alter what
+was recorded; a value that was measured already in this step, and has not changed since, is not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,22 @@ from .unmeasurable import Unmeasurable
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
 
-_PLAIN = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, type(...)})
+_PLAIN = frozenset(
+    {
+        int,
+        float,
+        bool,
+        str,
+        complex,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        torch.Size,
+        type(...),
+    }
+)
 
 
 class Recorder:
@@ -82,7 +97,8 @@ class Recorder:
             if hasattr(value, "_fields"):
                 return self._fields({name: getattr(value, name) for name in value._fields}, stem, depth)
             return [
-                self.value(item, None if stem is None else f"{stem}.{index}", depth + 1) for index, item in enumerate(value)
+                self.value(item, None if stem is None else f"{stem}.{index}", depth + 1)
+                for index, item in enumerate(value)
             ]
         if isinstance(value, dict):
             return self._fields(value, stem, depth)
@@ -145,7 +161,8 @@ class Recorder:
 
 
 def _sliced(tensor: torch.Tensor, cut: Sequence[Slice]) -> torch.Tensor:
-    """`tensor` with each slice applied along its dimension; those of another length there, or too few dimensions, are whole."""
+    """`tensor` with each slice applied along its dimension; those of another length there, or too few dimensions, are
+    whole."""
     index = [slice(None)] * tensor.dim()
     for part in cut:
         if part.dim < tensor.dim() and part.size in (None, tensor.shape[part.dim]):

@@ -65,9 +65,9 @@ class Rows:
             for (number, _), row in zip(rows, words.tolist(), strict=True):
                 ctypes.memmove(self._addresses[number], struct.pack("=8q", *row), ROW.size)
         self._elsewhere.clear()
+        measured = itertools.chain.from_iterable(ROW.iter_unpack(chunk) for chunk in self._chunks)
         return [
-            read_row(ROW.unpack(ctypes.string_at(self._addresses[number], ROW.size)), self._dtypes[number])
-            for number in range(len(self._dtypes))
+            read_row(row, self._dtypes[number]) for number, row in zip(range(len(self._dtypes)), measured, strict=False)
         ]
 
     def _add_portably(self, tensor: torch.Tensor) -> int:

@@ -34,7 +34,8 @@ class Divide(nn.Module):
         self.last = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x) + torch.div(x, x.abs()))
+        y: torch.Tensor = self.last(self.first(x) + torch.div(x, x.abs()))
+        return y
 
 
 def capture(dump: Path, *batches: torch.Tensor, **start: Any) -> None:

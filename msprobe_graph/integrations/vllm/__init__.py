@@ -39,7 +39,8 @@ def register() -> None:
 
 
 def attach(worker: Any) -> None:
-    """Capture the steps of `worker`, if that is asked for. Raises ConfigError, which ends vLLM's start, for a wrong config."""
+    """Capture the steps of `worker`, if that is asked for. Raises ConfigError, which ends vLLM's start, for a wrong
+    config."""
     config = requested(worker.vllm_config.additional_config)
     if config is None:
         return

@@ -1,7 +1,8 @@
-"""Which rows of a step's batch belong to which request. Private parts of vLLM's model runners, V1 and V2, are read here only.
+"""Which rows of a step's batch belong to which request. Private parts of vLLM's model runners, V1 and V2, are read
+here only.
 
-A batch holds its requests one after the other, but not in the scheduler's order: V1 keeps them where they were in the step
-before, V2 sorts them. The worker knows a request by the client's name for it and a random suffix.
+A batch holds its requests one after the other, but not in the scheduler's order: V1 keeps them where they were in the
+step before, V2 sorts them. The worker knows a request by the client's name for it and a random suffix.
 """
 
 from __future__ import annotations

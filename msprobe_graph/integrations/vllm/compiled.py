@@ -1,7 +1,7 @@
 """Modules whose class vLLM has decorated with support_torch_compile, compiled or not.
 
-The decorator gives the class a ``__call__`` of its own. Where the module is compiled, that calls compiled code; where it is
-not, it calls forward. Either way it goes past the hooks of that module (those below it run as usual).
+The decorator gives the class a ``__call__`` of its own. Where the module is compiled, that calls compiled code; where
+it is not, it calls forward. Either way it goes past the hooks of that module (those below it run as usual).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def eager_parts(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
-    """The largest parts of `model` that have no compiled module inside, by qualified name: ``{"": model}`` if none has."""
+    """The largest parts of `model` that have no compiled module inside, by qualified name: ``{"": model}`` if none
+    has."""
     if not any(map(is_compiled, model.modules())):
         return {path: model}
     parts: dict[str, nn.Module] = {}

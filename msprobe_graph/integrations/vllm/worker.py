@@ -27,8 +27,8 @@ class WorkerCapture:
     | execute_model | begins a step; runs the model and, but for model runner V2, computes the logits |
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
-    A call of execute_model with nothing scheduled is no step. A step is on disk before its result is returned, because vLLM
-    kills its workers when it is stopped. A failure in here ends capture, not serving.
+    A call of execute_model with nothing scheduled is no step. A step is on disk before its result is returned, because
+    vLLM kills its workers when it is stopped. A failure in here ends capture, not serving.
     """
 
     def __init__(self, worker: Any, config: str | Mapping[str, Any]) -> None:

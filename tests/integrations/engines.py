@@ -1,0 +1,110 @@
+"""Real vLLM engines on the CPU, for the tests in this folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from msprobe_graph.dump import reader
+
+PROMPTS = ["Explain gravity in one sentence.", "The quick", "Intermediate tensors are captured"]
+TOKENS = [2, 5, 5]  # of which the first request ends early: the batch is then laid out in another order than scheduled
+OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 2**20}
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An LLM with its worker in this process, eager unless asked otherwise."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(model), **(OPTIONS | {"enforce_eager": True} | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def worker(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def generate(llm: Any, prompts: list[str] = PROMPTS, tokens: list[int] = TOKENS) -> list[list[int]]:
+    """The likeliest tokens after each prompt, all prompts at once: as many steps as the largest number in `tokens`."""
+    from vllm import SamplingParams
+
+    wanted = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in tokens]
+    return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, wanted, use_tqdm=False)]
+
+
+def dumped(dump: Path) -> list[reader.StepDump]:
+    return [reader.read(folder) for folder in reader.steps(dump)]
+
+
+def rows(step: reader.StepDump) -> dict[str, slice]:
+    """The rows of each request, in the order of the manifest."""
+    assert step.manifest is not None
+    return {each["request"]: slice(each["begin"], each["end"]) for each in step.manifest["requests"]}
+
+
+class Server:
+    """``vllm serve`` with workers of its own, in a session that can be killed whole."""
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.log = log
+        given = {
+            "--served-model-name": "tiny",
+            "--host": "127.0.0.1",
+            "--port": self.url.rpartition(":")[2],
+            **{f"--{name.replace('_', '-')}": str(value) for name, value in OPTIONS.items()},
+        }
+        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--enforce-eager"]
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(
+                [*command, *(word for pair in given.items() for word in pair), *options],
+                env=environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = 180) -> bool:
+        """Whether it came to serve, rather than to an end."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(OSError), OPENER.open(f"{self.url}/health", timeout=5):
+                return True
+            time.sleep(0.3)
+        return False
+
+    def complete(self, prompt: str, tokens: int, request_id: str) -> list[int]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+        body["return_token_ids"] = True
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        with OPENER.open(request, timeout=120) as response:
+            return list(json.load(response)["choices"][0]["token_ids"])
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

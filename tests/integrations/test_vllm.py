@@ -1,0 +1,295 @@
+"""The plugin in real vLLM on the CPU: what a dump holds, and that nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from msprobe_graph.config import ConfigError
+from msprobe_graph.dump.names import parse
+from msprobe_graph.dump.reader import StepDump, TensorAt
+from msprobe_graph.integrations.vllm import requested
+
+from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, worker
+
+pytestmark = pytest.mark.vllm
+STEPS = max(TOKENS)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So small a model is fastest with one thread; and vLLM would bind those of this very process to cores, for good."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        set_num_threads(1)
+        yield
+    torch.set_num_threads = set_num_threads  # vLLM has put something else there
+    set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def untouched(tiny_model: Path) -> dict[str, Any]:
+    """What vLLM does, in a process of its own, when nobody asks to capture."""
+    code = f"""
+        import json, sys
+        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        from pathlib import Path
+        from integrations.engines import engine, generate, worker
+        import msprobe_graph.integrations.vllm
+        del sys.modules["msprobe_graph.dump"], sys.modules["msprobe_graph.dump.reader"]  # engines.py's own
+        with engine(Path({str(tiny_model)!r})) as llm:
+            tokens = generate(llm)
+            wrapped = [name for name in vars(worker(llm)) if callable(vars(worker(llm))[name]) and "execute" in name]
+        loaded = sorted(name for name in sys.modules if name.startswith("msprobe_graph"))
+        print("RESULT", json.dumps({{"tokens": tokens, "wrapped": wrapped, "loaded": loaded}}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=180).stdout
+    (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+class Captured(NamedTuple):
+    level: str
+    task: str
+    tokens: list[list[int]]
+    ran: list[list[str]]
+    """By step, the modules that called the test's own hooks."""
+    steps: list[StepDump]
+    """The first STEPS are of PROMPTS together; then each of PROMPTS alone."""
+    dump: Path
+
+
+@pytest.fixture(scope="module", params=["L0-statistics", "L0-tensor", "L1-statistics", "L1-tensor", "mix-statistics", "mix-tensor"])
+def captured(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
+    level, task = request.param.split("-")
+    dump = tmp_path_factory.mktemp("capture") / "dump"
+    config = {"task": task, "level": level, "dump_path": str(dump), "risk_level": "ALL"}
+    ran: list[list[str]] = []
+    with engine(tiny_model, additional_config={"dump_config": config}) as llm:
+        model = worker(llm).get_model()
+        model.register_forward_pre_hook(lambda *_: ran.append([]))
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda module, args, output, name=name: ran[-1].append(name))
+        tokens = generate(llm)
+        worker(llm).execute_dummy_batch()  # as data-parallel vLLM does where a rank has nothing to do
+        del ran[STEPS:]  # that run, which is no step
+        for prompt, count in zip(PROMPTS, TOKENS, strict=True):
+            assert generate(llm, [prompt], [count]) == [tokens[PROMPTS.index(prompt)]]
+    return Captured(level, task, tokens, ran, dumped(dump), dump)
+
+
+def entries(step: StepDump, path: str) -> list[str]:
+    """The forward entries of the module at `path`."""
+    names = ((name, parse(name)) for name in step.data)
+    return [name for name, parts in names if (parts.kind, parts.name, parts.direction) == ("module", path, "forward")]
+
+
+def outputs(step: StepDump, entry: str) -> list[TensorAt]:
+    return [tensor for tensor in step.tensors() if tensor.entry == entry and tensor.position.startswith("output")]
+
+
+def test_tokens_are_those_without_capture(captured: Captured, untouched: dict[str, Any]) -> None:
+    assert captured.tokens == untouched["tokens"]
+
+
+def test_each_token_has_its_step_and_nothing_else_has(captured: Captured) -> None:
+    steps = captured.steps
+    assert [step.folder.parent.name for step in steps] == [f"step{number}" for number in range(STEPS + sum(TOKENS))]
+    assert {step.folder.name for step in steps} == {"rank0"}
+    assert all(step.finished and step.manifest and step.manifest["entries"] for step in steps)
+    for request, count in enumerate(TOKENS):
+        assert sum(str(request) in rows(step) for step in steps) == count
+
+
+def test_every_module_that_runs_has_its_entry(captured: Captured) -> None:
+    for ran, step in zip(captured.ran, captured.steps, strict=True):
+        assert len(ran) > 20
+        for path in ran if captured.level != "L1" else ():
+            assert len(entries(step, path)) == ran.count(path), path
+        assert captured.level == "L1" or entries(step, "model"), "vLLM's own call of it goes past hooks"
+
+
+def test_logits_are_captured(captured: Captured) -> None:
+    for step in captured.steps[:STEPS]:
+        if captured.level == "L1":
+            shapes = [tensor.record["shape"] for tensor in step.tensors() if tensor.entry.startswith("_C.onednn_mm")]
+            assert [len(rows(step)), 512] in shapes
+            continue
+        (entry,) = entries(step, "logits_processor")
+        (logits,) = outputs(step, entry)
+        assert logits.record["shape"] == [len(rows(step)), 512]
+        if captured.task == "tensor":
+            chosen = step.load(logits).argmax(-1).tolist()
+            number = captured.steps.index(step)
+            assert chosen == [captured.tokens[int(request)][number] for request in rows(step)]
+
+
+def test_custom_operators_with_what_they_write_into_their_arguments(captured: Captured) -> None:
+    if captured.level == "L0":
+        pytest.skip("operators are captured at L1 and mix")
+    for step in captured.steps:
+        linear = [name for name in step.data if name.startswith("_C.onednn_mm.")]
+        assert len(linear) == 9  # 4 in each of 2 layers, and the lm_head
+        assert all(outputs(step, name) for name in linear)
+        (result,) = outputs(step, "_C.onednn_mm.0.forward")
+        assert result.record["shape"][-1] == 256
+        query, key = outputs(step, "_C.rotary_embedding.0.forward")
+        assert (query.record["shape"][-1], key.record["shape"][-1]) == (128, 64)
+        if captured.level == "mix":
+            (module,) = outputs(step, "Module.model.layers.0.self_attn.qkv_proj.QKVParallelLinear.forward.0")[:1]
+            fields = ("shape", "Max", "Min", "Mean", "Norm")
+            assert [result.record[field] for field in fields] == [module.record[field] for field in fields]
+
+
+def test_rows_are_those_of_the_requests(captured: Captured) -> None:
+    if (captured.level, captured.task) != ("L0", "tensor"):
+        pytest.skip("values of modules are in the dump of L0 with task tensor")
+    together, alone = captured.steps[:STEPS], iter(captured.steps[STEPS:])
+    assert list(rows(together[0])) == ["0", "1", "2"]
+    assert list(rows(together[2])) == ["2", "1"], "not the order of the batch when request 0 has left it"
+    compared = 0
+    for request, count in enumerate(TOKENS):
+        for shared in together[:count]:
+            single = next(alone)
+            mine = rows(shared)[str(request)]
+            total = max(each.stop for each in rows(shared).values())
+            for ours, other in zip(single.tensors(), shared.tensors(), strict=True):
+                assert (ours.entry, ours.position) == (other.entry, other.position)
+                if "Decoder" in ours.entry and ours.position.startswith("output") and other.record["shape"][0] == total:
+                    torch.testing.assert_close(shared.load(other)[mine], single.load(ours), **TOLERANCE)
+                    compared += 1
+    assert compared == sum(TOKENS) * 2 * 2  # layers, hidden states and residual
+
+
+def test_one_request_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"task": "tensor", "level": "L0", "dump_path": str(tmp_path / "dump"), "tensor": {"request_id": "2"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("MSPROBE_GRAPH_CONFIG", str(tmp_path / "config.json"))
+    with engine(tiny_model) as llm:
+        tokens = generate(llm)
+        generate(llm, PROMPTS[:1], [2])
+    steps = dumped(tmp_path / "dump")
+    assert len(steps) == TOKENS[2]
+    for number, step in enumerate(steps):
+        length = rows(step)["2"].stop - rows(step)["2"].start
+        for tensor in step.tensors():
+            if "DecoderLayer" in tensor.entry:
+                assert tensor.record["shape"][0] == length
+        (logits,) = outputs(step, "Module.logits_processor.LogitsProcessor.forward.0")
+        assert step.load(logits).argmax(-1).tolist() == [tokens[2][number]]
+
+
+def test_edited_by_hand(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: dict[str, Any]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"task": "statistics", "level": "mix", "dump_path": str(tmp_path / "dump")}))
+    monkeypatch.setenv("HAND_EDITED_CONFIG", str(config))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with engine(tiny_model, worker_cls="hand_edited.HandEditedWorker") as llm:
+        assert generate(llm) == untouched["tokens"]
+        worker(llm).model_runner.debugger.flush()
+    steps = [step for step in dumped(tmp_path / "dump") if step.data]
+    assert len(steps) == STEPS
+    assert all("Module.logits_processor.LogitsProcessor.forward.0" in step.data for step in steps)
+
+
+@pytest.mark.slow
+def test_compiled_code_is_left_alone(
+    tiny_model: Path, tmp_path: Path, untouched: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Here vLLM does run the model to warm up."""
+    config = {"task": "statistics", "level": "mix", "dump_path": str(tmp_path / "dump")}
+    with engine(tiny_model, enforce_eager=False, additional_config={"dump_config": config}) as llm:
+        assert generate(llm) == untouched["tokens"]
+        inner = worker(llm).get_model().model
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules())
+    log = capfd.readouterr()
+    assert "captures only what runs outside compiled code and CUDA graphs; compiled: model" in log.out + log.err
+    steps = dumped(tmp_path / "dump")
+    assert len(steps) == STEPS
+    for step in steps:
+        assert "Module.logits_processor.LogitsProcessor.forward.0" in step.data
+        assert not any(name.startswith(("Module.model", "vllm.unified")) for name in step.data)
+
+
+def test_not_asked_for_nothing_is_there(untouched: dict[str, Any]) -> None:
+    assert untouched["wrapped"] == []
+    ours = {"msprobe_graph", "msprobe_graph.version", "msprobe_graph.integrations", "msprobe_graph.integrations.vllm"}
+    assert set(untouched["loaded"]) == ours
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"dump_config": {"dump_path": "dump", "level": "l1"}}, 'level is "l1"; it must be one of'),
+        ({"dump_config_path": "nowhere.json"}, "nowhere.json: the config file cannot be read"),
+        ({"dump_config_path": "a.json", "dump_config": {}}, "has both dump_config_path and dump_config"),
+        ({"dump_config": "config.json"}, "dump_config 'config.json'; it must be an object"),
+        ({"dump_config_path": ""}, "dump_config_path ''; it must be the path of a config file"),
+    ],
+)
+def test_wrong_config_ends_the_start(tiny_model: Path, wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error, engine(tiny_model, additional_config=wrong):
+        pass
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_additional_config_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requested({}) is None
+    assert requested(object()) is None
+    monkeypatch.setenv("MSPROBE_GRAPH_CONFIG", "environment.json")
+    assert requested({}) == "environment.json"
+    assert requested({"dump_config_path": "given.json"}) == "given.json"
+    assert requested({"dump_config": {"dump_path": "dump"}}) == {"dump_path": "dump"}
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_every_answered_step_whole(
+    tiny_model: Path, tmp_path: Path, untouched: dict[str, Any]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"task": "tensor", "level": "mix", "dump_path": str(tmp_path / "dump")}))
+    additional = json.dumps({"dump_config_path": str(config)})
+    server = Server(tiny_model, tmp_path / "log", "--additional-config", additional)
+    try:
+        assert server.wait(), server.log.read_text()[-3000:]
+        answers = [server.complete(*each, f"mine-{number}") for number, each in enumerate(zip(PROMPTS, TOKENS, strict=True))]
+    finally:
+        server.kill()
+    assert answers == untouched["tokens"]
+    steps = dumped(tmp_path / "dump")
+    assert [step.finished for step in steps] == [True] * sum(TOKENS)
+    assert [list(rows(step)) for step in steps] == [
+        [f"cmpl-mine-{number}-0"] for number, count in enumerate(TOKENS) for _ in range(count)
+    ]
+    for step in steps:
+        assert step.folder.name == "rank0"
+        for tensor in step.tensors():
+            if tensor.record.get("data_name"):
+                assert list(step.load(tensor).shape) == tensor.record["shape"]
+
+
+@pytest.mark.slow
+def test_a_server_with_a_wrong_config_never_serves(tiny_model: Path, tmp_path: Path) -> None:
+    additional = json.dumps({"dump_config": {"dump_path": "dump", "tesk": "statistics"}})
+    server = Server(tiny_model, tmp_path / "log", "--additional-config", additional)
+    try:
+        assert not server.wait()
+    finally:
+        server.kill()
+    assert 'unknown key "tesk" in the top level, did you mean task?' in server.log.read_text()
