@@ -20,8 +20,15 @@ from .call_stacks import CallStacks
 from .calls import Calls
 from .compiled import BorderTaps, split
 from .context import Context
+from .fused import has_fused_path
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks
+
+
+UNFUSED = (
+    "under capture it computes step by step, not by its fused fast path: what is captured is right, but an untapped run may "
+    "differ in the last bits"
+)
 
 
 class EagerCapture:
@@ -58,6 +65,8 @@ class EagerCapture:
         """Modules inside compiled regions."""
         self._expected: list[str] = []
         """Modules that should have an entry in every step, as their entries' names begin."""
+        self._unfused: list[str] = []
+        """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
 
     def watch(self, models: Mapping[str, nn.Module]) -> None:
@@ -73,6 +82,7 @@ class EagerCapture:
                 if border.inner not in self._hooks.taps:
                     self._borders.install(border, self._hooks.tap(border.path, border.inner))
                     self._inside.extend(border.inside)
+        self._unfused = [tap.prefix for module, tap in self._hooks.taps.items() if has_fused_path(module)]
         wanted = self._context.selection.may_want_module
         self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
 
@@ -92,6 +102,7 @@ class EagerCapture:
         self._hooks.remove()
         self._borders.remove()
         self._inside.clear()
+        self._unfused.clear()
         self._watched.clear()
 
     def begin_step(self, number: int) -> None:
@@ -109,7 +120,8 @@ class EagerCapture:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
         context = self._context
-        holes = [Hole(inside, "it runs inside a compiled region: capture it in graph mode") for inside in self._inside]
+        holes = [Hole(inside, "it runs inside a compiled region, which eager capture leaves as it is") for inside in self._inside]
+        holes += [Hole(prefix, UNFUSED) for prefix in self._unfused]
         if not self._hooks.records or not context.selection.forward:
             return 0, 0, holes
         missing = [prefix for prefix in self._expected if not context.numbering.next(prefix)]

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from msprobe_graph.dump.names import module_prefix
+
 from ._compat import compiled_call, compiled_inside, replace_compiled_call
 from .modes import ModeSwitch
 from .modules import ModuleTap
@@ -33,10 +35,10 @@ class Border:
 
     @property
     def inside(self) -> Iterator[str]:
-        """The qualified names of the modules inside."""
+        """The modules inside, as their entries' names begin."""
         for name, module in self.inner.named_modules():
             if module is not self.inner:
-                yield f"{self.path}.{name}" if self.path else name
+                yield module_prefix(f"{self.path}.{name}" if self.path else name, type(module).__name__)
 
 
 def split(model: nn.Module, prefix: str = "") -> tuple[dict[str, nn.Module], list[Border]]:

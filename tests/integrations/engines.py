@@ -14,9 +14,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from msprobe_graph.dump import reader
+if TYPE_CHECKING:  # nothing of ours is imported here: a test looks at what a vLLM that isn't asked to capture imports
+    from msprobe_graph.dump.reader import StepDump
 
 PROMPTS = ["Explain gravity in one sentence.", "The quick", "Intermediate tensors are captured"]
 TOKENS = [2, 5, 5]  # of which the first request ends early: the batch is then laid out in another order than scheduled
@@ -52,11 +53,13 @@ def generate(llm: Any, prompts: list[str] = PROMPTS, tokens: list[int] = TOKENS)
     return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, wanted, use_tqdm=False)]
 
 
-def dumped(dump: Path) -> list[reader.StepDump]:
+def dumped(dump: Path) -> list[StepDump]:
+    from msprobe_graph.dump import reader
+
     return [reader.read(folder) for folder in reader.steps(dump)]
 
 
-def rows(step: reader.StepDump) -> dict[str, slice]:
+def rows(step: StepDump) -> dict[str, slice]:
     """The rows of each request, in the order of the manifest."""
     assert step.manifest is not None
     return {each["request"]: slice(each["begin"], each["end"]) for each in step.manifest["requests"]}
