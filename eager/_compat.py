@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+_NOTHING_TO_HIDE_FROM: AbstractContextManager[None] = nullcontext()
 
-class Unseen:
-    """A context, to be entered as often as one likes, inside which no function mode sees anything."""
 
-    def __init__(self) -> None:
-        self._guards: list[Any] = []
-
-    def __enter__(self) -> None:
-        guard = torch._C.DisableTorchFunction()
-        guard.__enter__()
-        self._guards.append(guard)
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._guards.pop().__exit__(kind, error, trace)
+def unseen() -> AbstractContextManager[None]:
+    """A context inside which no function mode, the program's own neither, sees what taps do on this thread."""
+    if torch._C._len_torch_function_stack():
+        return cast(AbstractContextManager[None], torch._C.DisableTorchFunction())
+    return _NOTHING_TO_HIDE_FROM
 
 
 def top_mode(kind: TorchFunctionMode | TorchDispatchMode) -> object | None:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from msprobe_graph.dump.names import module_entry, module_prefix
 from msprobe_graph.dump.records import Entry
 
+from ._compat import unseen
 from .context import Context
 from .module_backward import Edges, ModuleBackward, input_edges
 
@@ -84,7 +85,7 @@ class Backward:
 
     def _run(self, step: int | None, name: str, tap: Callable[..., None], *args: Any) -> None:
         if self._context.on and step in (None, self._context.step):
-            with self._context.unseen, torch.no_grad():
+            with unseen(), torch.no_grad():
                 self._context.boundary.attempt(name, tap, *args)
 
     def _call_done(self, name: str, forward: Entry, gives: Grads, given: Grads) -> None:

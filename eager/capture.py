@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 from torch import nn
 
@@ -14,7 +13,6 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.recorder import Recorder
 
-from ._compat import Unseen
 from .backward import Backward
 from .call_stacks import CallStacks
 from .calls import Calls
@@ -24,10 +22,10 @@ from .fused import has_fused_path
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks
 
-
+COMPILED = "it runs inside a compiled region, which eager capture leaves as it is"
 UNFUSED = (
-    "under capture it computes step by step, not by its fused fast path: what is captured is right, but an untapped run may "
-    "differ in the last bits"
+    "under capture it computes step by step, not by its fused fast path: what is captured is right, but an untapped "
+    "run may differ in the last bits"
 )
 
 
@@ -47,8 +45,7 @@ class EagerCapture:
     def __init__(self, settings: Settings, recorder: Recorder, boundary: Boundary, operators: OperatorTable) -> None:
         stacks = CallStacks() if settings.extra_info else None
         selection = Selection(settings, operators.risk)
-        unseen = Unseen() if settings.level in ("L1", "mix") else nullcontext()
-        self._context = Context(recorder, selection, boundary, stacks, unseen)
+        self._context = Context(recorder, selection, boundary, stacks)
         self._backward = Backward(self._context)
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
@@ -120,7 +117,7 @@ class EagerCapture:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
         context = self._context
-        holes = [Hole(inside, "it runs inside a compiled region, which eager capture leaves as it is") for inside in self._inside]
+        holes = [Hole(inside, COMPILED) for inside in self._inside]
         holes += [Hole(prefix, UNFUSED) for prefix in self._unfused]
         if not self._hooks.records or not context.selection.forward:
             return 0, 0, holes

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.dump.boundary import Boundary
@@ -16,6 +15,7 @@ from msprobe_graph.dump.records import Entry
 from msprobe_graph.taps.recorder import Recorder
 
 from .call_stacks import Anchor, CallStacks, Stack
+from .module_backward import Edges
 
 
 class Numbering:
@@ -46,24 +46,40 @@ class Numbering:
         return number
 
 
-class Running(NamedTuple):
-    """A module whose forward runs."""
+class ModuleCall:
+    """A module call whose forward runs."""
 
-    entry: str | None
-    """Its entry; None at the levels that record no modules."""
-    path: str
-    anchor: Anchor | None
-    """The frame that called it; None when stacks are not wanted."""
+    __slots__ = ("anchor", "before", "edges", "entry", "name", "number", "path", "prefix")
+
+    def __init__(self, prefix: str, path: str, number: int, name: str | None) -> None:
+        self.prefix = prefix
+        self.path = path
+        self.number = number
+        self.name = name
+        """Its entry's name; None at the levels that record no modules."""
+        self.entry: Entry | None = None
+        """Its entry, as far as it goes; None when it isn't wanted."""
+        self.edges: Edges | None = None
+        """Where its inputs hang in the autograd graph; None when gradients aren't wanted."""
+        self.anchor: Anchor | None = None
+        """The frame that called it; None when stacks aren't wanted."""
+        self.before = sys.exc_info()[1]
+        """The exception that was being handled when the call began: a newer one at its end means that it raised."""
+
+    def raised(self) -> BaseException | None:
+        """What ended the call; None while it runs, or when it returned."""
+        error = sys.exc_info()[1]
+        return None if error is self.before else error
 
 
 class RunningModules(threading.local):
     """The modules whose forward runs on this thread, outermost first."""
 
     def __init__(self) -> None:
-        self.stack: list[Running] = []
+        self.stack: list[ModuleCall] = []
 
     @property
-    def top(self) -> Running | None:
+    def top(self) -> ModuleCall | None:
         return self.stack[-1] if self.stack else None
 
 
@@ -76,8 +92,6 @@ class Context:
     boundary: Boundary
     stacks: CallStacks | None
     """None when extra_info is off."""
-    unseen: AbstractContextManager[None]
-    """What taps outside a mode's own handler run in, so that no mode sees what they do."""
     numbering: Numbering = field(default_factory=Numbering)
     running: RunningModules = field(default_factory=RunningModules)
     on: bool = False
@@ -93,7 +107,7 @@ class Context:
             parts,
             module=module,
             number=self.numbering.within(calls, module),
-            parent=inside.entry if inside else None,
+            parent=inside.name if inside else None,
             stack=self.stack(frame),
         )
 

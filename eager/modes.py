@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._compat import top_mode
 
-
 Record = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Records a call of a name and a function with its arguments: makes it, and returns what it returns."""
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PrecisionDebugger", "__version__", "flush", "seed_all"]
 
-_HOMES = {"PrecisionDebugger": "debugger.precision_debugger", "flush": "debugger.sessions", "seed_all":
-"debugger.seeds"}
+_HOMES = {
+    "PrecisionDebugger": "debugger.precision_debugger",
+    "flush": "debugger.sessions",
+    "seed_all": "debugger.seeds",
+}
 
 
 def __getattr__(name: str) -> Any:

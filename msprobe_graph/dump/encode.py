@@ -76,38 +76,48 @@ class EntryEncoder:
         return _plain(value)
 
     def _record(self, tensor: CapturedTensor) -> TensorRecord:
-        checksum = msgspec.UNSET if tensor.checksum is None else tensor.checksum
-        dtype = _DTYPES.get(tensor.dtype) or str(tensor.dtype)
-        head = ("torch.Tensor", dtype, tensor.shape)
-        if tensor.rows is None:
-            record = TensorRecord(*head, None, None, None, None, tensor.requires_grad, checksum)
+        rows, checksum = tensor.rows, tensor.checksum
+        md5 = msgspec.UNSET if checksum is None else checksum
+        dtype = _DTYPES[tensor.dtype]
+        if rows is None:
+            record = TensorRecord(TENSOR, dtype, tensor.shape, None, None, None, None, tensor.requires_grad, md5)
         else:
-            record = self._measured(head, tensor, tensor.rows, checksum)
-        tensor.record, tensor.rows = record, None
+            fetched = self._fetched.get(rows)
+            if fetched is None:
+                fetched = self._fetched[rows] = rows.fetch()
+            found = fetched[tensor.row]
+            record = TensorRecord(
+                TENSOR,
+                dtype,
+                tensor.shape,
+                found.max,
+                found.min,
+                found.mean,
+                found.norm,
+                tensor.requires_grad,
+                md5,
+                msgspec.UNSET,
+                found.nan_count,
+                found.posinf_count,
+                found.neginf_count,
+            )
+            norm = found.norm
+            if norm is not None and norm - norm != 0.0:  # it is infinite or NaN; else none of the four can be
+                _spell_out(record, found)
+            tensor.rows = None
+        tensor.record = record
         return record
 
-    def _measured(
-        self,
-        head: tuple[str, str, Any],
-        tensor: CapturedTensor,
-        rows: RowSource,
-        checksum: str | float | msgspec.UnsetType,
-    ) -> TensorRecord:
-        fetched = self._fetched.get(rows)
-        if fetched is None:
-            fetched = self._fetched[rows] = rows.fetch()
-        found = fetched[tensor.row]
-        values = (found.max, found.min, found.mean, found.norm)
-        if found.norm is not None and not math.isfinite(found.norm):  # only then can any of the four be
-            values = tuple(map(number, values))
-        counts = (found.nan_count, found.posinf_count, found.neginf_count)
-        record = TensorRecord(*head, *values, tensor.requires_grad, checksum, msgspec.UNSET, *counts)
-        if any(counts):
-            record.finite_Max, record.finite_Min = _where_any(found.finite_max), _where_any(found.finite_min)
-            record.finite_Mean, record.finite_Norm = _where_any(found.finite_mean), _where_any(found.finite_norm)
-        return record
+
+def _spell_out(record: TensorRecord, found: Statistics) -> None:
+    """Fill in what a record says of values that are not finite."""
+    record.Max, record.Min, record.Mean, record.Norm = map(number, (found.max, found.min, found.mean, found.norm))
+    if found.finite_max is not None:
+        record.finite_Max, record.finite_Min = found.finite_max, found.finite_min
+        record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
 
 
+TENSOR = "torch.Tensor"
 _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 

@@ -25,11 +25,13 @@ EMPTY = Statistics(None, None, None, None)
 
 def read_row(row: tuple[float, float, float, float, int, int, int, int], dtype: torch.dtype) -> Statistics:
     """The statistics that a row (unpacked by `ROW`) of a tensor of `dtype` holds."""
+    high, low, mean, norm, nans, posinfs, neginfs, finites = row
     if dtype not in REAL:
         return _read_integers(row, dtype)
-    high, low, mean, norm, nans, posinfs, neginfs, finites = row
+    if finites and not (nans or posinfs or neginfs):
+        return Statistics(high, low, mean, norm)
     if not (nans or posinfs or neginfs):
-        return Statistics(high, low, mean, norm) if finites else EMPTY
+        return EMPTY
     if nans:
         propagated = (math.nan, math.nan, math.nan, math.nan)
     else:

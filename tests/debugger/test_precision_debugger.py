@@ -134,7 +134,9 @@ def test_token_range(new_debugger: NewDebugger, model: nn.Module, dumped: Dumped
     forward(debugger, model)  # and without it all is captured again
     debugger.flush()
     for step in (0, 1):
-        seen = [t.record["Max"] for t in dumped()[step].tensors() if "inear" in t.entry and t.position == "input_args.0"]
+        seen = [
+            t.record["Max"] for t in dumped()[step].tensors() if "inear" in t.entry and t.position == "input_args.0"
+        ]
         assert seen == [1.0, 2.0]
         assert not any("exp" in entry for entry in dumped()[step].data)
     assert len(dumped()[2].data) == (3 if level == "L0" else 2)
@@ -367,7 +369,10 @@ def test_wrong_arguments_of_start(new_debugger: NewDebugger, dumped: Dumped, sta
     ("arguments", "said"),
     [
         ({}, "dump_path is missing"),
-        ({"config_path": {"dump_path": "d", "levle": "L0"}}, 'unknown key "levle" in the top level, did you mean level'),
+        (
+            {"config_path": {"dump_path": "d", "levle": "L0"}},
+            'unknown key "levle" in the top level, did you mean level',
+        ),
         ({"config_path": "nowhere.json"}, "nowhere.json: the config file cannot be read"),
         ({"config_path": {"dump_path": "d"}, "level": "L9"}, 'level is "L9"; it must be one of'),
         ({"dump_path": "d", "step": ["x"]}, r"step is \[\"x\"\]; it must be"),
@@ -390,9 +395,7 @@ def test_arguments_override_the_file(tmp_path: Path, model: nn.Module, dumped: D
     assert not (tmp_path / "other").exists()
 
 
-def test_two_debuggers_at_once(
-    new_debugger: NewDebugger, model: nn.Module, dumped: Dumped, tmp_path: Path
-) -> None:
+def test_two_debuggers_at_once(new_debugger: NewDebugger, model: nn.Module, dumped: Dumped, tmp_path: Path) -> None:
     one, two = new_debugger(level="mix"), new_debugger(level="L1", dump_path=str(tmp_path / "two"))
     one.start(model)
     two.start(model)
@@ -407,7 +410,9 @@ def test_two_debuggers_at_once(
         "Functional.linear.0.forward",
         "Functional.relu.0.forward",
     ]
-    linear = [t.record["Max"] for t in dumped("two")[0].tensors() if ".linear." in t.entry and t.position == "input_args.0"]
+    linear = [
+        t.record["Max"] for t in dumped("two")[0].tensors() if ".linear." in t.entry and t.position == "input_args.0"
+    ]
     assert linear == [1.0, 2.0]
     assert_no_mode_is_left()
 
@@ -461,7 +466,11 @@ main()
 def test_exit_writes_what_was_captured(tmp_path: Path, level: str, ending: str) -> None:
     script = SCRIPT % ending
     finished = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "dump"), level], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, str(tmp_path / "dump"), level],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert finished.returncode == (1 if "1 / 0" in ending else 0), finished.stderr
     assert ("Traceback" in finished.stderr) is ("1 / 0" in ending)
@@ -476,7 +485,8 @@ def test_a_forked_process_captures_nothing(tmp_path: Path) -> None:
     ending = (
         "debugger.stop(); debugger.step(); debugger.flush(); import os\n"
         "    if os.fork() == 0:\n"
-        "        for _ in range(100): debugger.start(model); out = model(torch.ones(1, 4)); debugger.stop(); debugger.step()\n"
+        "        for _ in range(100):\n"
+        "            debugger.start(model); out = model(torch.ones(1, 4)); debugger.stop(); debugger.step()\n"
         "        debugger.flush(); print(out.shape, flush=True); os._exit(0)\n"
         "    os.wait()"
     )

@@ -127,7 +127,9 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize(("value", "expected"), PLAIN, ids=[f"{type(value).__name__}{i}" for i, (value, _) in enumerate(PLAIN)])
+@pytest.mark.parametrize(
+    ("value", "expected"), PLAIN, ids=[f"{type(value).__name__}{i}" for i, (value, _) in enumerate(PLAIN)]
+)
 def test_every_kind_of_argument(written: Written, value: Any, expected: Any) -> None:
     assert written({"input_args": [value]})["input_args"][0] == expected
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, files: d
 
 
 def test_reading_no_dump(tmp_path: Path) -> None:
-    with pytest.raises(DumpError, match="can't be read as JSON: .*No such file"):
+    with pytest.raises(DumpError, match=r"can't be read as JSON: .*No such file"):
         read(tmp_path)
 
 

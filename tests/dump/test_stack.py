@@ -20,6 +20,9 @@ def test_entries_are_grouped_by_stack_in_order(tmp_path: Path) -> None:
         Entry("c", {}, stack=first),
     ]
     assert grouped(entries) == {
-        "0": (["a", "c"], [f"File {source}, line 2, in forward, \n return x + 1", "File <string>, line 7, in <module>, \n "]),
+        "0": (
+            ["a", "c"],
+            [f"File {source}, line 2, in forward, \n return x + 1", "File <string>, line 7, in <module>, \n "],
+        ),
         "1": (["b"], [f"File {source}, line 1, in other, \n def forward(x):"]),
     }

@@ -52,7 +52,9 @@ class WorkerCapture:
         self._safely(self._prepare)
         return times
 
-    def _execute_model(self, execute_model: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _execute_model(
+        self, execute_model: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if not self._on or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
             return execute_model(scheduler_output, *args, **kwargs)
         self._safely(self._begin, scheduler_output)
