@@ -4,7 +4,7 @@ A weight is measured once per version, not once per call, and a large output of 
 is measured once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and
 a probe of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter
 does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 8
-elements: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode have no version counter:
+elements: a write through ``.data`` to a few others goes unnoticed. A weight is probed once a step. Tensors of inference mode have no version counter:
 they are measured every time.
 """
 
@@ -30,7 +30,10 @@ class Known(msgspec.Struct, gc=False):
 
     tensor: weakref.ref[torch.Tensor]
     version: int
+    address: int
     fingerprint: int | None
+    probed: int
+    """The step in which the fingerprint was last found to be the same."""
     leaf: CapturedTensor | None = None
     file: Path | None = None
     """Where the values are saved, by whichever step saved them first."""
@@ -41,9 +44,11 @@ class Measured:
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
+        self._step = 0
 
-    def forget_dead(self) -> None:
-        """To be called now and then, so that what is known of tensors long gone takes no memory."""
+    def begin(self, step: int) -> None:
+        """A new step: what is known of tensors long gone is forgotten, and each weight is probed again."""
+        self._step = step
         self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:
@@ -51,13 +56,19 @@ class Measured:
 
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """
-        if type(tensor) is not torch.nn.Parameter and tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
+        weight = type(tensor) is torch.nn.Parameter
+        if not weight and tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
             return None
         if tensor.is_inference():
             return None
         known = self._known.get(id(tensor))
         version = tensor._version
-        probe = fingerprint(tensor)
-        if known is None or known.tensor() is not tensor or known.version != version or known.fingerprint != probe:
-            known = self._known[id(tensor)] = Known(weakref.ref(tensor), version, probe)
+        if known is not None and known.version == version and known.tensor() is tensor:
+            if weight and known.probed == self._step and known.address == tensor.data_ptr():
+                return known
+            if known.fingerprint == fingerprint(tensor):
+                known.probed = self._step
+                return known
+        address = tensor.data_ptr() if weight else 0
+        known = self._known[id(tensor)] = Known(weakref.ref(tensor), version, address, fingerprint(tensor), self._step)
         return known

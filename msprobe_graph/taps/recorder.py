@@ -60,7 +60,7 @@ class Recorder:
         """Start step `number` with nothing in it."""
         self._number = number
         self._rows = Rows()
-        self._measured.forget_dead()
+        self._measured.begin(number)
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
         self.holes: list[Hole] = []

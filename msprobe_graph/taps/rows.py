@@ -57,14 +57,14 @@ class Rows:
 
     def fetch(self) -> list[Statistics]:
         """The statistics of all rows, by number. Waits for the devices that hold some; call it off the hot path."""
-        for (device, real), rows in self._elsewhere.items():
+        elsewhere, self._elsewhere = self._elsewhere, {}  # at once: rows may be added meanwhile
+        for (device, real), rows in elsewhere.items():
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # rows were written on whatever stream was current
             transferred = torch.stack([row for _, row in rows]).cpu()
             words = transferred if real is torch.float64 else portable.widen(transferred)
             for (number, _), row in zip(rows, words.tolist(), strict=True):
                 ctypes.memmove(self._addresses[number], struct.pack("=8q", *row), ROW.size)
-        self._elsewhere.clear()
         measured = itertools.chain.from_iterable(ROW.iter_unpack(chunk) for chunk in self._chunks)
         return [
             read_row(row, self._dtypes[number]) for number, row in zip(range(len(self._dtypes)), measured, strict=False)

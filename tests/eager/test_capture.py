@@ -418,6 +418,9 @@ def test_another_thread_runs_undisturbed(capture: Capture, level: str) -> None:
     calls = collections.Counter(name.rsplit(".", 1)[0] for name in modules(step))
     if level in ("L0", "mix"):
         assert calls["Module.0.Linear.forward"] == calls["Module.Sequential.forward"] == 80
+    with SeesFunctions() as mode:
+        x.cos()
+    assert mode.seen == 1  # functions of this thread still ask modes
 
 
 class SeesFunctions(TorchFunctionMode):

@@ -28,7 +28,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """So small a model is fastest with one thread; and vLLM would bind those of this very process to cores, for good."""
+    """So small a model is fastest with one thread; and vLLM would bind those of this process to cores, for good."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -71,7 +71,9 @@ class Captured(NamedTuple):
     dump: Path
 
 
-@pytest.fixture(scope="module", params=["L0-statistics", "L0-tensor", "L1-statistics", "L1-tensor", "mix-statistics", "mix-tensor"])
+@pytest.fixture(
+    scope="module", params=["L0-statistics", "L0-tensor", "L1-statistics", "L1-tensor", "mix-statistics", "mix-tensor"]
+)
 def captured(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     level, task = request.param.split("-")
     dump = tmp_path_factory.mktemp("capture") / "dump"
@@ -206,6 +208,35 @@ def test_edited_by_hand(
     assert all("Module.logits_processor.LogitsProcessor.forward.0" in step.data for step in steps)
 
 
+def test_a_failing_capture_leaves_serving_alone(
+    tiny_model: Path, tmp_path: Path, untouched: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    dump = tmp_path / "dump"
+    config = {"task": "statistics", "level": "mix", "dump_path": str(dump)}
+    with engine(tiny_model, additional_config={"dump_config": config}) as llm:
+        dump.write_text("a file where the folder should be, made after the start")
+        assert generate(llm) == untouched["tokens"]
+        assert "File exists" in caplog.text
+        dump.unlink()
+        assert generate(llm) == untouched["tokens"]
+    assert not dump.exists()
+
+
+def test_a_vllm_that_is_not_as_expected_is_served_all_the_same(
+    tiny_model: Path, tmp_path: Path, untouched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"task": "statistics", "level": "mix", "dump_path": str(tmp_path / "dump")}
+    with engine(tiny_model, additional_config={"dump_config": config}) as llm:
+        generate(llm)
+        row_order = "msprobe_graph.integrations.vllm.worker.row_order"
+        monkeypatch.setattr(row_order, lambda worker, scheduler_output: worker.no_such_attribute)
+        assert generate(llm) == untouched["tokens"]
+        monkeypatch.undo()
+        assert generate(llm) == untouched["tokens"]
+    finished = [step for step in dumped(tmp_path / "dump") if step.finished]
+    assert len(finished) == STEPS
+
+
 @pytest.mark.slow
 def test_compiled_code_is_left_alone(
     tiny_model: Path, tmp_path: Path, untouched: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -263,23 +294,26 @@ def test_additional_config_goes_before_the_environment(monkeypatch: pytest.Monke
 def test_a_killed_server_leaves_every_answered_step_whole(
     tiny_model: Path, tmp_path: Path, untouched: dict[str, Any]
 ) -> None:
+    """Two workers of their own, with half of each layer. The answer comes from rank 0."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"task": "tensor", "level": "mix", "dump_path": str(tmp_path / "dump")}))
     additional = json.dumps({"dump_config_path": str(config)})
-    server = Server(tiny_model, tmp_path / "log", "--additional-config", additional)
+    server = Server(tiny_model, tmp_path / "log", "--additional-config", additional, "--tensor-parallel-size", "2")
     try:
         assert server.wait(), server.log.read_text()[-3000:]
-        answers = [server.complete(*each, f"mine-{number}") for number, each in enumerate(zip(PROMPTS, TOKENS, strict=True))]
+        asked = zip(PROMPTS, TOKENS, strict=True)
+        answers = [server.complete(*each, f"mine-{number}") for number, each in enumerate(asked)]
     finally:
         server.kill()
     assert answers == untouched["tokens"]
+    requests = [[f"cmpl-mine-{number}-0"] for number, count in enumerate(TOKENS) for _ in range(count)]
     steps = dumped(tmp_path / "dump")
-    assert [step.finished for step in steps] == [True] * sum(TOKENS)
-    assert [list(rows(step)) for step in steps] == [
-        [f"cmpl-mine-{number}-0"] for number, count in enumerate(TOKENS) for _ in range(count)
-    ]
-    for step in steps:
-        assert step.folder.name == "rank0"
+    first, second = (
+        [step for step in steps if step.folder.name == rank and step.finished] for rank in ("rank0", "rank1")
+    )
+    assert [list(rows(step)) for step in first] == requests
+    assert [list(rows(step)) for step in second][: len(requests) - 1] == requests[:-1]
+    for step in first:
         for tensor in step.tensors():
             if tensor.record.get("data_name"):
                 assert list(step.load(tensor).shape) == tensor.record["shape"]

@@ -58,10 +58,7 @@ class WorkerCapture:
         if not self._on or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
             return execute_model(scheduler_output, *args, **kwargs)
         self._safely(self._begin, scheduler_output)
-        try:
-            output = execute_model(scheduler_output, *args, **kwargs)
-        finally:
-            self._safely(self._debugger.stop)
+        output = self._watched(execute_model, scheduler_output, *args, **kwargs)
         if output is not None or not _samples():
             self._safely(self._end)
         return output
@@ -69,12 +66,17 @@ class WorkerCapture:
     def _sample_tokens(self, sample_tokens: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._scheduled is None:
             return sample_tokens(*args, **kwargs)
-        if self._captured:
-            self._safely(self._resume)
+        self._within_step(self._resume)
+        output = self._watched(sample_tokens, *args, **kwargs)
+        self._safely(self._end)
+        return output
+
+    def _watched(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `call` returns, with capture off afterwards. When it raises, its step is left unfinished."""
         try:
-            return sample_tokens(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
-            self._safely(self._end)
+            self._safely(self._debugger.stop)
 
     def _prepare(self) -> None:
         """The model is loaded and warm: decide what of it is watched."""
@@ -116,8 +118,10 @@ class WorkerCapture:
         self._debugger.start(scheduled_tokens=rows(order, self._scheduled.num_scheduled_tokens))
 
     def _end(self) -> None:
+        if self._captured:
+            self._resume()  # for the rows of requests, where no hook on the model could tell
+            self._debugger.stop()
         self._scheduled = None
-        self._debugger.stop()
         self._debugger.step()
         self._debugger.flush()
 
