@@ -4,8 +4,8 @@ A weight is measured once per version, not once per call, and a large output of 
 is measured once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and
 a probe of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter
 does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 8
-elements: a write through ``.data`` to a few others goes unnoticed. A weight is probed once a step. Tensors of inference mode have no version counter:
-they are measured every time.
+elements, of a weight once a step: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode
+have no version counter: they are measured every time.
 """
 
 from __future__ import annotations
