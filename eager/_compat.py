@@ -16,7 +16,7 @@ _NOTHING_TO_HIDE_FROM: AbstractContextManager[None] = nullcontext()
 def unseen() -> AbstractContextManager[None]:
     """A context inside which no function mode, the program's own neither, sees what taps do on this thread."""
     if torch._C._len_torch_function_stack():
-        return cast(AbstractContextManager[None], torch._C.DisableTorchFunction())
+        return torch._C.DisableTorchFunction()
     return _NOTHING_TO_HIDE_FROM
 
 

@@ -6,8 +6,10 @@ import struct
 
 import torch
 
+from msprobe_graph.dump.records import Statistics
+
 from . import native, portable
-from .statistics import ROW, Statistics, read_row
+from .statistics import ROW, read_row
 from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
 
 CHUNK = 1024

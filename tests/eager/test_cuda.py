@@ -97,7 +97,8 @@ def test_the_dump_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, level: str, task: 
         assert list(here.data) == list(there.data)
         for a, b in zip(here.tensors(), there.tensors(), strict=True):
             for field in ("Max", "Min", "Mean", "Norm"):
-                assert a.record[field] == pytest.approx(b.record[field], rel=1e-3, abs=1e-4), (a.entry, a.position, field)
+                expected = pytest.approx(b.record[field], rel=1e-3, abs=1e-4)
+                assert a.record[field] == expected, (a.entry, a.position, field)
     if task == "tensor":
         output = [tensor for tensor in here.tensors() if tensor.position == "output.0"][-1]
         torch.testing.assert_close(here.load(output), y.cpu())
