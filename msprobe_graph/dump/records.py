@@ -17,43 +17,38 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
-import torch
 
 
-class CapturedTensor(msgspec.Struct, gc=False):
-    """One tensor that a tap has read. A value that did not change since is the same leaf again, in this step or a
-    later."""
+class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
+    """A tensor, as a tap has read it and as dump.json holds it. A tap leaves the statistics open; the writer fills
+    them in from the step's rows (`encode.complete`). A value that did not change since is the same record again, in
+    this step or a later.
 
-    rows: RowSource | None
-    row: int
-    """Which of `rows` holds its statistics; where `rows` is None none were taken (summary_mode "xor")."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    requires_grad: bool
-    checksum: str | float | None = None
-    record: TensorRecord | None = None
-    """What dump.json holds of it, once the writer has made that; then `rows` is let go."""
+    The first eight fields and md5, data_name are msProbe's, in its order; the rest is ours.
 
-
-class SavedTensor(msgspec.Struct, gc=False):
-    """A tensor whose values are saved as a file too (task "tensor", or an entry in tensor_list)."""
-
-    tensor: CapturedTensor
-    data_name: str
-
-
-class Unreadable(msgspec.Struct, gc=False):
-    """A tensor whose values could not be read (sparse, nested, fake ...), with the reason."""
-
-    dtype: str
-    shape: tuple[int, ...] | None
-    reason: str
-
-
-class Opaque(msgspec.Struct, gc=False):
-    """An argument of a type that a dump does not describe: only the type's name is kept, never the object."""
+    Max, Min, Mean and Norm (L2) are over all values and propagate NaN and infinities as torch's do; where a tensor
+    holds such values, finite_* are the same over the finite values only. NaN is written as "nan", infinities as 1e999
+    and -1e999.
+    """
 
     type: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    Max: Any
+    Min: Any
+    Mean: Any
+    Norm: Any
+    requires_grad: bool
+    md5: str | float | msgspec.UnsetType = msgspec.UNSET
+    data_name: str | msgspec.UnsetType = msgspec.UNSET
+    nan_count: int | msgspec.UnsetType = msgspec.UNSET
+    posinf_count: int | msgspec.UnsetType = msgspec.UNSET
+    neginf_count: int | msgspec.UnsetType = msgspec.UNSET
+    finite_Max: Any = msgspec.UNSET
+    finite_Min: Any = msgspec.UNSET
+    finite_Mean: Any = msgspec.UNSET
+    finite_Norm: Any = msgspec.UNSET
+    reason: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Frame(msgspec.Struct, frozen=True, gc=False):
@@ -69,8 +64,9 @@ class Entry(msgspec.Struct, gc=False):
 
     name: str
     parts: dict[str, Any]
-    """``input_args``, ``input_kwargs``, ``output``, ``parameters`` or ``input``, ``output``: nested lists and dicts
-    whose leaves are CapturedTensor, Unreadable, or plain Python values."""
+    """``input_args``, ``input_kwargs``, ``output``, ``parameters`` or ``input``, ``output``: what dump.json holds of
+    them, nested lists and dicts with TensorRecords in them, made by `encode.describe` where an argument is no
+    tensor."""
     module: str | None = None
     """Qualified name of the module in whose forward the call was made ("" is the root, None is unknown)."""
     number: int = 0
@@ -138,6 +134,10 @@ class Step(msgspec.Struct):
 
     number: int
     entries: list[Entry] = []
+    rows: RowSource | None = None
+    """Where the statistics of this step's records come from; None where none were taken."""
+    records: dict[int, TensorRecord] = {}
+    """The records that this step has measured, by row."""
     holes: list[Hole] = []
     requests: list[Request] = []
     saved: dict[str, Any] = {}
@@ -149,31 +149,3 @@ class Step(msgspec.Struct):
     """How many of those were captured."""
     finished: bool = False
     """False while the step may still grow (stop() was called, step() was not)."""
-
-
-class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
-    """A tensor in dump.json. The first eight fields and md5, data_name are msProbe's, in its order; the rest is ours.
-
-    Max, Min, Mean and Norm (L2) are over all values and propagate NaN and infinities as torch's do; where a tensor
-    holds such values, finite_* are the same over the finite values only. NaN is written as "nan", infinities as 1e999
-    and -1e999.
-    """
-
-    type: str
-    dtype: str
-    shape: tuple[int, ...] | None
-    Max: Any
-    Min: Any
-    Mean: Any
-    Norm: Any
-    requires_grad: bool
-    md5: str | float | msgspec.UnsetType = msgspec.UNSET
-    data_name: str | msgspec.UnsetType = msgspec.UNSET
-    nan_count: int | msgspec.UnsetType = msgspec.UNSET
-    posinf_count: int | msgspec.UnsetType = msgspec.UNSET
-    neginf_count: int | msgspec.UnsetType = msgspec.UNSET
-    finite_Max: Any = msgspec.UNSET
-    finite_Min: Any = msgspec.UNSET
-    finite_Mean: Any = msgspec.UNSET
-    finite_Norm: Any = msgspec.UNSET
-    reason: str | msgspec.UnsetType = msgspec.UNSET

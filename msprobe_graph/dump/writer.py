@@ -12,17 +12,17 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 
 from .boundary import Boundary
-from .encode import EntryEncoder, document, tree
+from .encode import complete, document, encoded, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
-from .records import Entry, Hole, Step
+from .records import Hole, Step
 from .stack import grouped
 
 log = logging.getLogger("msprobe_graph")
@@ -201,14 +201,17 @@ class Writer:
 
     def _write_step(self, step: Step) -> None:
         folder = self._begin(step.number)
+        if step.rows is not None:
+            statistics = step.rows.fetch()
+            for row, record in step.records.items():
+                complete(record, statistics[row])
         files = {
-            "dump.json": document(self._head(step), _encoded(step.entries)),
+            "dump.json": document(self._head(step), encoded(step.entries)),
             "stack.json": tree(grouped(step.entries)),
             "construct.json": tree(self._construct(step)),
         }
         if step.saved:
-            encoder = EntryEncoder()
-            values = ((name, encoder.encode_value(value)) for name, value in step.saved.items())
+            values = ((name, msgspec.json.encode(value)) for name, value in step.saved.items())
             files["debug.json"] = document(self._head(step), values)
         self.written += sum(map(len, files.values()))
         if self.full:
@@ -231,10 +234,3 @@ class Writer:
             "framework": "pytorch",
             "dump_data_dir": str(tensors) if tensors.exists() else None,
         }
-
-
-def _encoded(entries: Iterable[Entry]) -> Iterator[tuple[str, bytes]]:
-    """Each entry's name and JSON."""
-    encoder = EntryEncoder()
-    for entry in entries:
-        yield entry.name, encoder.encode(entry)

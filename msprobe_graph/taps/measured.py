@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from msprobe_graph.dump.records import CapturedTensor
+from msprobe_graph.dump.records import TensorRecord
 
 from .native import fingerprint
 
@@ -34,7 +34,7 @@ class Known(msgspec.Struct, gc=False):
     fingerprint: int | None
     probed: int
     """The step in which the fingerprint was last found to be the same."""
-    leaf: CapturedTensor | None = None
+    record: TensorRecord | None = None
     file: Path | None = None
     """Where the values are saved, by whichever step saved them first."""
 
@@ -52,7 +52,7 @@ class Measured:
         self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:
-        """What is known of `tensor` as it is now, without a leaf when it is new or has changed.
+        """What is known of `tensor` as it is now, without a record when it is new or has changed.
 
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """

@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from msprobe_graph.config import Settings, Slice
-from msprobe_graph.dump.records import CapturedTensor, Entry, Hole, Opaque, Request, SavedTensor, Step, Unreadable
+from msprobe_graph.dump.encode import describe
+from msprobe_graph.dump.records import Entry, Hole, Request, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
@@ -24,22 +26,7 @@ from .unmeasurable import Unmeasurable
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
 
-_PLAIN = frozenset(
-    {
-        int,
-        float,
-        bool,
-        str,
-        complex,
-        type(None),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        torch.Size,
-        type(...),
-    }
-)
+_DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 class Recorder:
@@ -60,6 +47,7 @@ class Recorder:
         """Start step `number` with nothing in it."""
         self._number = number
         self._rows = Rows()
+        self._records: dict[int, TensorRecord] = {}
         self._measured.begin(number)
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
@@ -74,6 +62,8 @@ class Recorder:
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
+            rows=self._rows if self._measures else None,
+            records=dict(self._records),
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             saved=dict(self.saved),
@@ -84,32 +74,21 @@ class Recorder:
 
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
-        kind = type(value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            return self._tensor(value, stem)
-        if kind in _PLAIN:
-            return value
         if isinstance(value, torch.Tensor):
             return self._tensor(value, stem)
-        if depth == MAX_DEPTH:
-            return Opaque(kind.__name__)
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and type(value) is not torch.Size and depth < MAX_DEPTH:
             if hasattr(value, "_fields"):
                 return self._fields({name: getattr(value, name) for name in value._fields}, stem, depth)
             return [
                 self.value(item, None if stem is None else f"{stem}.{index}", depth + 1)
                 for index, item in enumerate(value)
             ]
-        if isinstance(value, dict):
+        if isinstance(value, dict) and depth < MAX_DEPTH:
             return self._fields(value, stem, depth)
-        if kind is slice:
-            return slice(*(part if type(part) is int else None for part in (value.start, value.stop, value.step)))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type) and depth < MAX_DEPTH:
             fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
             return self._fields(fields, stem, depth)
-        if isinstance(value, (int, float, str)):  # enums, numpy scalars
-            return value
-        return Opaque(kind.__name__)
+        return describe(value)
 
     def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
         return {
@@ -117,34 +96,32 @@ class Recorder:
             for name, item in fields.items()
         }
 
-    def _tensor(self, tensor: torch.Tensor, stem: str | None) -> CapturedTensor | SavedTensor | Unreadable:
+    def _tensor(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
         if self.cut:
             tensor = _sliced(tensor, self.cut)
         known = self._measured.lookup(tensor)
-        leaf = known.leaf if known is not None else None
-        if leaf is None or leaf.requires_grad != tensor.requires_grad:
-            try:
-                leaf = self._read(tensor)
-            except Unmeasurable as refusal:
-                self.holes.append(Hole(stem or "a tensor", str(refusal)))
-                return Unreadable(str(tensor.dtype), None, str(refusal))
-            if known is not None:
-                known.leaf = leaf
-        if stem is None:
-            return leaf
-        name = f"{stem}.pt"
-        return SavedTensor(leaf, name) if self._save(tensor, known, name) else leaf
+        if known is not None and stem is None:
+            if known.record is None or known.record.requires_grad != tensor.requires_grad:
+                known.record = self._read(tensor, stem)
+            return known.record
+        record = self._read(tensor, stem)
+        if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):
+            record.data_name = f"{stem}.pt"
+        return record
 
-    def _read(self, tensor: torch.Tensor) -> CapturedTensor:
-        rows = self._rows if self._measures else None
-        return CapturedTensor(
-            rows,
-            rows.add(tensor) if rows is not None else 0,
-            tensor.dtype,
-            tensor.shape,
-            tensor.requires_grad,
-            self._checksum(tensor) if self._checksum is not None else None,
-        )
+    def _read(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
+        record = TensorRecord("torch.Tensor", _DTYPES[tensor.dtype], None, None, None, None, None, tensor.requires_grad)
+        try:
+            if self._measures:
+                self._records[self._rows.add(tensor)] = record
+            if self._checksum is not None:
+                record.md5 = self._checksum(tensor)
+        except Unmeasurable as refusal:
+            record.reason = str(refusal)
+            self.holes.append(Hole(stem or "a tensor", record.reason))
+            return record
+        record.shape = tensor.shape
+        return record
 
     def _save(self, tensor: torch.Tensor, known: Known | None, name: str) -> bool:
         """Hand a copy of the values to the writer; False (and a hole) when max_bytes leaves no room for it."""
