@@ -49,9 +49,7 @@ class Backward:
     def follow_call(self, name: str, forward: Entry, result: Any) -> None:
         """Record as `name` what the node of the call's first output tensor is given and gives."""
         output = next(tensors(result), None)
-        if not self._context.selection.backward or output is None:
-            return
-        if output.requires_grad and torch.is_grad_enabled() and output.grad_fn is not None:
+        if output is not None and output.requires_grad and output.grad_fn is not None:
             output.grad_fn.register_hook(self._tap(name, self._call_done, name, forward))
 
     def edges(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Edges:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from msprobe_graph.dump.names import api_entry
 from msprobe_graph.dump.records import Entry
 
@@ -29,21 +31,21 @@ class Calls:
     def record(self, api: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` returns. Inputs are read before the call, which may overwrite them."""
         context = self._context
+        selection = context.selection
+        if not selection.may_want_api(api):
+            return func(*args, **kwargs)
         number = context.numbering.next(api)
+        context.numbering.advance(api)
         name = api_entry(api, number, "forward")
-        if not context.selection.wants_api(name, api):
-            result = func(*args, **kwargs)
-            context.numbering.advance(api)
-            return result
+        if not selection.wants_api(name):
+            return func(*args, **kwargs)
         entry = context.boundary.attempt(name, self._inputs, name, api, args, kwargs)
         result = func(*args, **kwargs)
-        context.numbering.advance(api)
         if entry is not None:
             context.boundary.attempt(name, self._outputs, entry, func, args, kwargs, result)
-            if self._backward is not None:
-                context.boundary.attempt(
-                    name, self._backward.follow_call, api_entry(api, number, "backward"), entry, result
-                )
+            if self._backward is not None and selection.backward and torch.is_grad_enabled():
+                backward = api_entry(api, number, "backward")
+                context.boundary.attempt(name, self._backward.follow_call, backward, entry, result)
         return result
 
     def _inputs(self, name: str, api: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:

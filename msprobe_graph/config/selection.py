@@ -70,13 +70,19 @@ class Selection:
         """Whether some call of the module named `prefix` (``Module.{path}.{Class}``) would be wanted, scope aside."""
         return self._first is None and (not self._listed or self._matched(f"{prefix}.forward.0"))
 
-    def wants_api(self, entry: str, api: str) -> bool:
-        """`api` is the entry's name without call number and direction."""
+    def may_want_api(self, api: str) -> bool:
+        """Whether some call of `api`, an entry's name without call number and direction, would be wanted."""
+        if not self._everything:
+            return True
+        wanted = self._wanted_apis.get(api)
+        if wanted is None:
+            wanted = self._wanted_apis[api] = self._risk(api) in self._risks
+        return wanted
+
+    def wants_api(self, entry: str) -> bool:
+        """To be asked for each call of an API that may be wanted, in order."""
         if self._everything:
-            wanted = self._wanted_apis.get(api)
-            if wanted is None:
-                wanted = self._wanted_apis[api] = self._risk(api) in self._risks
-            return wanted
+            return True
         if entry == self._first:
             self._in_scope = True
         selected = self._selected(entry)

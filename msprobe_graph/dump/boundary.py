@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from .records import Hole
 
 log = logging.getLogger("msprobe_graph")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -23,10 +22,10 @@ class Boundary:
         self.failures = 0
         """How many taps have failed since the capture began."""
 
-    def attempt(self, site: str, tap: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def attempt(self, site: str, tap: Callable[..., T], *args: Any) -> T | None:
         """What `tap` returns, or None when it failed."""
         try:
-            return tap(*args, **kwargs)
+            return tap(*args)
         except Exception as error:
             self.holes.append(Hole(site, f"capture failed: {type(error).__name__}: {error}"))
             if self.failures == 0:

@@ -26,7 +26,7 @@ def run(selected: Selection, calls: list[Any]) -> list[str]:
     wanted = []
     for call in calls:
         if isinstance(call, str):
-            if selected.wants_api(call, api(call)):
+            if selected.may_want_api(api(call)) and selected.wants_api(call):
                 wanted.append(call)
             continue
         entry, inside = call
