@@ -300,13 +300,13 @@ def test_autocast(capture: Capture) -> None:
     assert step.data["Module.Linear.forward.0"]["parameters"]["weight"]["dtype"] == "torch.float32"
 
 
-@torch.library.custom_op("msprobe_graph_test::scale_into", mutates_args={"out", "count"})
+@torch.library.custom_op("msprobe_graph_capture::scale_into", mutates_args={"out", "count"})
 def scale_into(out: Tensor, x: Tensor, factor: float, count: Tensor) -> None:
     out.copy_(x * factor)
     count.add_(1)
 
 
-@torch.library.custom_op("msprobe_graph_test::twice", mutates_args={"seen"})
+@torch.library.custom_op("msprobe_graph_capture::twice", mutates_args={"seen"})
 def twice(x: Tensor, seen: Tensor) -> Tensor:
     seen.fill_(5)
     return x * 2
@@ -334,11 +334,11 @@ def test_what_a_custom_operator_writes_is_its_output(capture: Capture, level: st
 
     step = capture(model, run, level)
     assert torch.equal(result[0], torch.full((3,), 6.0))
-    entry = step.data["msprobe_graph_test.scale_into.0.forward"]
+    entry = step.data["msprobe_graph_capture.scale_into.0.forward"]
     assert [value["Max"] for value in entry["output"]] == [3.0, 1.0]
     before = [*entry["input_args"], *entry["input_kwargs"].values()]
     assert [value["Max"] for value in before if value["type"] == "torch.Tensor"] == [0.0, 1.0, 0.0]
-    entry = step.data["msprobe_graph_test.twice.0.forward"]
+    entry = step.data["msprobe_graph_capture.twice.0.forward"]
     assert [value["Max"] for value in entry["output"]] == [6.0, 5.0]
 
 
