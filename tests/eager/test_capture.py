@@ -316,7 +316,7 @@ def twice(x: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize("spelling", ["custom_op", "packet", "overload"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_a_custom_operator_writes_is_its_output(capture: Capture, level: str, spelling: str, mode: Any) -> None:
-    ops = torch.ops.msprobe_graph_test
+    ops = torch.ops.msprobe_graph_capture
     void = {"custom_op": scale_into, "packet": ops.scale_into, "overload": ops.scale_into.default}[spelling]
     both = {"custom_op": twice, "packet": ops.twice, "overload": ops.twice.default}[spelling]
 
