@@ -3,7 +3,7 @@
 A weight is measured once per version, not once per call, and a large output of one call that is the input of the next
 is measured once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and
 a probe of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter
-does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 8
+does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 3
 elements, of a weight once a step: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode
 have no version counter: they are measured every time.
 """
@@ -20,7 +20,7 @@ from msprobe_graph.dump.records import TensorRecord
 
 from .native import fingerprint
 
-WORTH_REMEMBERING = 128 * 1024
+WORTH_REMEMBERING = 32 * 1024
 """Bytes; to measure less than this again costs about as much as to look it up. Parameters are remembered whatever
 their size."""
 

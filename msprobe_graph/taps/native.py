@@ -132,7 +132,7 @@ def library() -> Library | None:
 def fingerprint(tensor: torch.Tensor) -> int | None:
     """A cheap probe that shows that a weight was rewritten, also through `.data`, whose version counter stands still.
 
-    A 64-bit hash of 8 elements, evenly apart from the first to the last: about 1 us whatever the size. A change of any
+    A 64-bit hash of 3 elements, evenly apart from the first to the last: about 1 us whatever the size. A change of any
     of them changes it; a change of others goes unnoticed. None where it can't be had: no compiled library, another
     device than the CPU, a tensor that is empty, `Unmeasurable`, or neither contiguous nor a contiguous matrix's
     transpose.

@@ -28,7 +28,7 @@
 #define FOR_EACH_CPU
 #endif
 
-enum { LANES = 16, BLOCK = 2048, GATHERED = 1024, MAX_DIMS = 63, PROBES = 8 };
+enum { LANES = 16, BLOCK = 2048, GATHERED = 1024, MAX_DIMS = 63, PROBES = 3 };
 
 /* 64 bytes. All 0 for an empty tensor; `max` to `norm` mean nothing when no value is finite. An integer dtype (bool
  * too) has no NaN or infinity: its `nan` and `posinf` hold the exact maximum and minimum (of an uint64, its bits),
