@@ -1,4 +1,4 @@
-"""The one path from a tap to the writer: values become leaves, leaves become entries, entries become a step.
+"""The one path from a tap to the writer: values become records, records become entries, entries become a step.
 
 Eager hooks and graph taps both end here. Everything is read at once, so that a later in-place change can't alter what
 was recorded; a value that was measured already in this step, and has not changed since, is not measured again.
