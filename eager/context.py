@@ -124,7 +124,7 @@ class Context:
         return Anchor(caller, self.stack(caller) or ())
 
     def values(self, values: Any, stem: str, save: bool) -> list[Any]:
-        """Positional arguments or outputs, measured: one leaf or nest for each."""
+        """Positional arguments or outputs, measured: one record or nest for each."""
         value = self.recorder.value
         if not save:
             return [value(item, None) for item in values]

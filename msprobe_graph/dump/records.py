@@ -1,4 +1,4 @@
-"""What travels from a tap to the disk: a step, its entries, and the leaves inside them.
+"""What travels from a tap to the disk: a step, its entries, and the records inside them.
 
 A tap makes these on the hot path and never touches them again; the writer turns them into JSON. They are plain data: no
 method here reads a tensor.
