@@ -50,3 +50,11 @@ def sequence_number() -> int:
     """The number that the next autograd node of this thread will bear; later nodes bear larger ones."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
+
+
+def leave_to_python(*modules: str) -> None:
+    """Keep dynamo from compiling the functions of these modules and packages, when it meets them as frames."""
+    from torch._dynamo import trace_rules
+
+    for module in modules:
+        trace_rules.add(module)

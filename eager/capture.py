@@ -16,9 +16,10 @@ from msprobe_graph.taps.recorder import Recorder
 from .backward import Backward
 from .call_stacks import CallStacks
 from .calls import Calls
-from .compiled import BorderTaps, split
+from .compiled import Borders, survey
 from .context import Context
 from .fused import has_fused_path
+from .in_trace import hide_hooks
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks
 
@@ -45,7 +46,7 @@ class EagerCapture:
     def __init__(self, settings: Settings, recorder: Recorder, boundary: Boundary, operators: OperatorTable) -> None:
         stacks = CallStacks() if settings.extra_info else None
         selection = Selection(settings, operators.risk)
-        self._context = Context(recorder, selection, boundary, stacks)
+        self._context = Context(recorder, selection, boundary, stacks, level=settings.level)
         self._backward = Backward(self._context)
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
@@ -57,8 +58,8 @@ class EagerCapture:
             self._mode = ModeSwitch(
                 AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record)
             )
-        self._borders = BorderTaps(self._mode)
-        self._inside: list[str] = []
+        self._borders = None if self._mode is None else Borders(self._mode)
+        self._inside: dict[str, None] = {}
         """Modules inside compiled regions."""
         self._expected: list[str] = []
         """Modules that should have an entry in every step, as their entries' names begin."""
@@ -66,19 +67,26 @@ class EagerCapture:
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
 
+    @property
+    def context(self) -> Context:
+        """What compiled regions need to record into the same step."""
+        return self._context
+
     def watch(self, models: Mapping[str, nn.Module]) -> None:
         """Put hooks on the models, given by the prefix of their modules' names ("" for a single model)."""
         new = {prefix: model for prefix, model in models.items() if model not in self._watched}
         if not new:
             return
         self._watched.update(new.values())
+        hide_hooks()
+        self._context.paths.add(new)
         for prefix, model in new.items():
-            eager, borders = split(model, prefix)
-            self._hooks.install(eager)
+            modules, borders = survey(model, prefix)
+            self._hooks.install(modules)
             for border in borders:
-                if border.inner not in self._hooks.taps:
-                    self._borders.install(border, self._hooks.tap(border.path, border.inner))
-                    self._inside.extend(border.inside)
+                self._inside.update(dict.fromkeys(border.inside))
+                if self._borders is not None:
+                    self._borders.install(border)
         self._unfused = [tap.prefix for module, tap in self._hooks.taps.items() if has_fused_path(module)]
         wanted = self._context.selection.may_want_module
         self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
@@ -97,8 +105,10 @@ class EagerCapture:
         """Leave the models as they were found."""
         self.stop()
         self._hooks.remove()
-        self._borders.remove()
+        if self._borders is not None:
+            self._borders.remove()
         self._inside.clear()
+        self._context.paths.clear()
         self._unfused.clear()
         self._watched.clear()
 
@@ -117,10 +127,13 @@ class EagerCapture:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
         context = self._context
-        holes = [Hole(inside, COMPILED) for inside in self._inside]
+        calls = context.numbering.next
+        compiled = [prefix for prefix in self._inside if not calls(prefix)]
+        holes = [Hole(prefix, COMPILED) for prefix in compiled]
         holes += [Hole(prefix, UNFUSED) for prefix in self._unfused]
         if not self._hooks.records or not context.selection.forward:
             return 0, 0, holes
-        missing = [prefix for prefix in self._expected if not context.numbering.next(prefix)]
-        holes += [Hole(prefix, "its forward did not run in this step") for prefix in missing]
-        return len(self._expected), len(self._expected) - len(missing), holes
+        expected = [prefix for prefix in self._expected if prefix not in self._inside or calls(prefix)]
+        holes += [Hole(prefix, "its forward did not run in this step") for prefix in expected if not calls(prefix)]
+        captured = {entry.rpartition(".forward.")[0] for entry in context.recorder.entries}
+        return len(expected), sum(prefix in captured for prefix in expected), holes

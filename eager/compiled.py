@@ -1,9 +1,9 @@
 """Compiled regions in an eager capture: kept as they are, seen from outside.
 
-Inside a compiled region neither mode may be on and no hook may lie: both would recompile it or run it eagerly. So the
-modules inside are left alone and named in the manifest, and at the region's border the mode is off. A function compiled
-by itself that is no module (``f = torch.compile(f)``) can't be found beforehand: it stays compiled, with one more
-compilation for the calls made under capture.
+Inside a compiled region no mode may be on: it would recompile the region or run it eagerly. So at the region's border
+the mode is off. Hooks inside are hidden from dynamo (`in_trace`): what is compiled has none, and what the region runs
+eagerly is captured. A function compiled by itself that is no module (``f = torch.compile(f)``) can't be found
+beforehand: it stays compiled, with one more compilation for the calls made under capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from msprobe_graph.dump.names import module_prefix
 
 from ._compat import compiled_call, compiled_inside, replace_compiled_call
 from .modes import ModeSwitch
-from .modules import ModuleTap
 
 
 class Border:
@@ -41,56 +40,55 @@ class Border:
                 yield module_prefix(f"{self.path}.{name}" if self.path else name, type(module).__name__)
 
 
-def split(model: nn.Module, prefix: str = "") -> tuple[dict[str, nn.Module], list[Border]]:
-    """The modules of `model` by qualified name that run eagerly, and the borders of its compiled regions."""
-    eager: dict[str, nn.Module] = {}
+def survey(model: nn.Module, prefix: str = "") -> tuple[dict[str, nn.Module], list[Border]]:
+    """All modules of `model` by qualified name, without the wrappers of torch.compile, and the borders of its compiled
+    regions, the outermost ones."""
+    modules: dict[str, nn.Module] = {}
     borders: list[Border] = []
     seen: set[nn.Module] = set()
 
-    def walk(module: nn.Module, path: str) -> None:
+    def walk(module: nn.Module, path: str, compiled: bool) -> None:
         if module in seen:
             return
         seen.add(module)
-        wrapped = compiled_inside(module)
-        if wrapped is not None or compiled_call(module) is not None:
-            borders.append(Border(path, module, wrapped or module))
+        inner = compiled_inside(module) or module
+        if not compiled and (inner is not module or compiled_call(module) is not None):
+            borders.append(Border(path, module, inner))
+            compiled = True
+        if inner is not module:
+            walk(inner, path, compiled)
             return
-        eager[path] = module
+        modules[path] = module
         for name, child in module.named_children():
-            walk(child, f"{path}.{name}" if path else name)
+            walk(child, f"{path}.{name}" if path else name, compiled)
 
-    walk(model, prefix)
-    return eager, borders
+    walk(model, prefix, compiled=False)
+    return modules, borders
 
 
-class BorderTaps:
-    """Taps at the borders of compiled regions: inputs and outputs are recorded there, and the mode is off inside."""
+class Borders:
+    """The borders of compiled regions, inside which `mode` is off."""
 
-    def __init__(self, mode: ModeSwitch | None) -> None:
+    def __init__(self, mode: ModeSwitch) -> None:
         self._mode = mode
+        self._entered: list[bool] = []
+        """Of the borders that are being crossed: whether the mode was on before."""
         self._undo: list[Callable[[], None]] = []
-        self._tapped: set[nn.Module] = set()
+        self._watched: set[nn.Module] = set()
 
-    def install(self, border: Border, tap: ModuleTap) -> None:
+    def install(self, border: Border) -> None:
         module = border.module
-        if module in self._tapped:
+        if module in self._watched:
             return
-        self._tapped.add(module)
+        self._watched.add(module)
         if module is border.inner:
             compiled = compiled_call(module)
-            replace_compiled_call(module, partial(self._call, compiled, border.inner, tap))
+            replace_compiled_call(module, partial(self._call, compiled))
             self._undo.append(partial(replace_compiled_call, module, compiled))
             return
         handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: self._enter(border.inner, tap, args, kwargs), with_kwargs=True
-            ),
-            module.register_forward_hook(
-                lambda _, args, kwargs, output: self._leave(border.inner, tap, args, kwargs, output),
-                prepend=True,
-                with_kwargs=True,
-                always_call=True,
-            ),
+            module.register_forward_pre_hook(lambda _, args: self._enter()),
+            module.register_forward_hook(lambda _, args, output: self._leave(), prepend=True, always_call=True),
         ]
         self._undo.extend(handle.remove for handle in handles)
 
@@ -99,25 +97,20 @@ class BorderTaps:
         for undo in self._undo:
             undo()
         self._undo.clear()
-        self._tapped.clear()
+        self._watched.clear()
 
-    def _enter(self, module: nn.Module, tap: ModuleTap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tap.enter(module, args, kwargs)
-        if self._mode is not None and self._mode.on:
+    def _enter(self) -> None:
+        self._entered.append(self._mode.on)
+        if self._mode.on:
             self._mode.turn_off()
 
-    def _leave(
-        self, module: nn.Module, tap: ModuleTap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if self._mode is not None and tap.running:
+    def _leave(self) -> None:
+        if self._entered.pop():
             self._mode.turn_on()
-        tap.leave(module, args, kwargs, output)
 
-    def _call(self, compiled: Any, module: nn.Module, tap: ModuleTap, *args: Any, **kwargs: Any) -> Any:
-        output = None
-        self._enter(module, tap, args, kwargs)
+    def _call(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        self._enter()
         try:
-            output = compiled(*args, **kwargs)
+            return compiled(*args, **kwargs)
         finally:
-            self._leave(module, tap, args, kwargs, output)
-        return output
+            self._leave()

@@ -16,6 +16,7 @@ from msprobe_graph.taps.recorder import Recorder
 
 from .call_stacks import Anchor, CallStacks, Stack
 from .module_backward import Edges
+from .paths import Paths
 
 
 class Numbering:
@@ -94,6 +95,9 @@ class Context:
     """None when extra_info is off."""
     numbering: Numbering = field(default_factory=Numbering)
     running: RunningModules = field(default_factory=RunningModules)
+    paths: Paths = field(default_factory=Paths)
+    level: str = "mix"
+    """What is captured: L0, L1, mix or L2."""
     on: bool = False
     """Between start() and stop()."""
     step: int = 0

@@ -18,15 +18,20 @@ from typing import TYPE_CHECKING, Any
 from msprobe_graph.version import __version__
 
 if TYPE_CHECKING:
+    from msprobe_graph.debugger.graph_backend import msprobe_backend
     from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
+    from msprobe_graph.debugger.save_tensor import acl_save, save_tensor
     from msprobe_graph.debugger.seeds import seed_all
     from msprobe_graph.debugger.sessions import flush
 
-__all__ = ["PrecisionDebugger", "__version__", "flush", "seed_all"]
+__all__ = ["PrecisionDebugger", "__version__", "acl_save", "flush", "msprobe_backend", "save_tensor", "seed_all"]
 
 _HOMES = {
     "PrecisionDebugger": "debugger.precision_debugger",
+    "acl_save": "debugger.save_tensor",
     "flush": "debugger.sessions",
+    "msprobe_backend": "debugger.graph_backend",
+    "save_tensor": "debugger.save_tensor",
     "seed_all": "debugger.seeds",
 }
 

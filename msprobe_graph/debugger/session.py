@@ -21,6 +21,7 @@ from msprobe_graph.dump.manifest import Provenance
 from msprobe_graph.dump.records import Hole, Request, Step
 from msprobe_graph.dump.writer import Writer
 from msprobe_graph.eager.capture import EagerCapture
+from msprobe_graph.eager.context import Context
 from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
 
@@ -32,9 +33,12 @@ log = logging.getLogger("msprobe_graph")
 class Session:
     """Captures steps as `settings` say. Nothing is opened, and no folder made, before the first step that is wanted."""
 
-    def __init__(self, settings: Settings, run: str | None = None) -> None:
-        """`run` names the run in place of what run_identity finds out; the environment goes before both."""
+    def __init__(self, settings: Settings, run: str | None = None, debugged: bool = True) -> None:
+        """`run` names the run in place of what run_identity finds out; the environment goes before both. `debugged`:
+        whether a PrecisionDebugger starts and stops it; without one all is one step (`follow`)."""
         self.settings = settings
+        self.debugged = debugged
+        self.operators = _operators(settings)
         self._run = run
         self.step = 0
         """The running step. Counts while capture is off, too."""
@@ -43,7 +47,6 @@ class Session:
         self.capturing = False
         self.capture: EagerCapture | None = None
         self._watch = ConfigWatch(settings)
-        self._operators = _operators(settings)
         self._boundary = Boundary()
         self._recorder: Recorder | None = None
         self._writer: Writer | None = None
@@ -89,6 +92,22 @@ class Session:
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()
+
+    def follow(self, models: Mapping[str, nn.Module]) -> None:
+        """Capture the compiled graphs of `models`, and the modules that run eagerly between them, from here on.
+
+        A module that is running now is counted as called, but its call is not seen.
+        """
+        opened = self._opened(models) if self.wanted() else None
+        if opened is not None:
+            _, capture = opened
+            capture.watch(models)
+            self._dirty = self.capturing = True
+            capture.context.on = True
+
+    def context(self) -> Context | None:
+        """What compiled graphs record with; None while nothing is captured."""
+        return self.capture.context if self.capturing and self.capture is not None else None
 
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
@@ -169,7 +188,7 @@ class Session:
                 return None
             self._recorder = Recorder(self.settings, writer)
             self._recorder.begin(self.step)
-            self.capture = EagerCapture(self.settings, self._recorder, self._boundary, self._operators)
+            self.capture = EagerCapture(self.settings, self._recorder, self._boundary, self.operators)
             self.capture.begin_step(self.step)
         return self._recorder, self.capture
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 
 class Session(Protocol):
@@ -13,6 +14,8 @@ class Session(Protocol):
 
     def close(self) -> None: ...
 
+
+Kind = TypeVar("Kind", bound=Session)
 
 _open: list[Session] = []
 """Kept alive to the end: what a debugger that went out of scope has captured is still to be written."""
@@ -27,6 +30,11 @@ def register(session: Session, dump_path: str) -> int:
     nth = _begun.get(dump_path, 0)
     _begun[dump_path] = nth + 1
     return nth
+
+
+def latest(kind: type[Kind], like: Callable[[Kind], bool] = lambda session: True) -> Kind | None:
+    """The session of that kind that was opened last, among those that `like` takes; None if there is none."""
+    return next((session for session in reversed(_open) if isinstance(session, kind) and like(session)), None)
 
 
 def flush() -> None:

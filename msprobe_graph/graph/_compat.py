@@ -1,0 +1,77 @@
+"""Private dynamo that graph mode needs, in one place. Tested with torch 2.13."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import fx, nn
+from torch._dynamo.backends import registry
+from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import InvalidBackend, TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch.nn.modules import module
+
+
+class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
+    """Raised by a backend: dynamo forgets what it has traced of this frame and traces it anew.
+
+    Of the restarts that dynamo knows, the second base is the one that it lets a backend ask for, the first the one
+    after which it expects nothing to be as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(restart_reason="msprobe_graph looks at the frame's module calls")
+
+
+def on_compile_end(callback: Callable[[], None]) -> None:
+    """Have `callback` called, from now on, whenever dynamo has ended compiling, in whatever way."""
+    callback_handler.register_end_callback(lambda _: callback())
+
+
+def source(placeholder: fx.Node) -> str:
+    """Where an input of dynamo's graph comes from: ``L['self']._modules['fc']._parameters['weight']``."""
+    found = getattr(placeholder, "_dynamo_source", None)
+    if found is None:
+        return str(placeholder.target)
+    return str(found.name if isinstance(found.name, str) else found.name())
+
+
+def example(placeholder: fx.Node) -> Any:
+    """The object that an input of dynamo's graph was when it was traced; None when that can't be told."""
+    argument = placeholder.meta.get("grapharg")
+    return None if argument is None else argument.example
+
+
+def module_calls() -> list[nn.Module]:
+    """The modules whose calls are running on this thread, innermost first."""
+    found = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
+
+
+def hook_all_modules(begin: Callable[..., None], end: Callable[..., None]) -> Callable[[], None]:
+    """Call ``begin(module, args)`` before and ``end(module, args, kwargs, output)`` after every module's forward; what
+    is returned takes both away."""
+    hooks = [module.register_module_forward_pre_hook(begin), module.register_module_forward_hook(end, with_kwargs=True)]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+            # remove() leaves this entry behind, and every OptimizedModule would warn of hooks that are gone.
+            module._global_forward_hooks_with_kwargs.pop(hook.id, None)
+
+    return remove
+
+
+def registered_backend(name: str) -> Callable[..., Any] | None:
+    """The dynamo backend of that name; None if there is none."""
+    try:
+        return registry.lookup_backend(name)
+    except InvalidBackend:
+        return None

@@ -1,0 +1,152 @@
+"""Taps on what the compiled program puts in memory anyway, inserted when Inductor has decided everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomSchedulerPass, CustomSchedulerPassCallable
+
+from . import inductor_compat as inductor
+from .stamps import Found, Wanted, find, find_gradients
+
+REASONS = {
+    "fused": "fused away: the compiled program keeps it in registers and never puts it in memory",
+    "rewritten": "rewritten away: the compiled program doesn't compute it, or not as a value that can be told for sure",
+    "overwritten": "written over within the compiled function that computes it, or by another value",
+    "uninitialised": "memory that nothing was written to yet",
+    "empty": "it has no elements",
+    "not_strided": "it is no strided view of anything in memory",
+    "constant": "a constant that the compiler has folded",
+}
+"""Why a value can't be tapped, by the codes in a note."""
+
+
+class Report(NamedTuple):
+    """What was done to one graph."""
+
+    graph: inductor.GraphKind
+    tapped: list[int]
+    """Value ids."""
+    missing: dict[int, str]
+    """Value ids that were wanted of this graph, with a key of REASONS."""
+    before: list[str]
+    """The scheduler's fused nodes by name, before our insertion."""
+    after: list[str]
+
+    def note(self) -> str:
+        """The same, compact: it travels in the first tap, because a cached artifact comes without a pass that runs."""
+        return json.dumps(
+            {
+                "graph": self.graph,
+                "missing": {str(id): reason for id, reason in self.missing.items()},
+                "nodes_before": len(self.before),
+                "nodes_after": len(self.after),
+            },
+            separators=(",", ":"),
+        )
+
+
+class ExactPass(CustomSchedulerPass):
+    """Inductor's `_post_fusion_custom_pass` that taps the `wanted` values (by value id) that are in memory.
+
+    It leaves the nodes that it is given alone. The taps go in at the last moment, and only where no generated function
+    is split or changed by them. It needs `full.FullPass` as `post_grad_custom_post_pass`, which keeps what was lowered
+    findable. `digest` tells this selection from others in the compiler's caches.
+    """
+
+    def __init__(
+        self, wanted: Mapping[int, Wanted], digest: str, chained: CustomSchedulerPassCallable | None = None
+    ) -> None:
+        inductor.check()
+        self._wanted = wanted
+        self._digest = digest
+        self._chained = chained
+        self.reports: list[Report] = []
+        """One for each graph that was compiled, none for those that came from a cache."""
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        if self._chained is not None:
+            nodes = self._chained(nodes)
+        if inductor.running_graph() is not None:
+            inductor.before_last_usage(self._insert)
+        return nodes
+
+    def uuid(self) -> Any | None:
+        return chained_uuid(self._digest, self._chained)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExactPass:
+        """Inductor copies its configuration, to print it; dynamic sizes can't be copied."""
+        return self
+
+    def _insert(self, schedule: inductor.Schedule) -> None:
+        running = inductor.running_graph()
+        assert running is not None
+        graph, kind = running
+        found, missing = self._found(graph, kind)
+        tapped: dict[int, inductor.Buffered] = {}
+        for id, place in found.items():
+            buffered = schedule.locate(*place)
+            if isinstance(buffered, inductor.Hole):
+                missing[id] = buffered.reason
+            else:
+                tapped[id] = buffered
+        places: dict[tuple[int, Any], list[int]] = {}
+        for id, buffered in list(tapped.items()):
+            at = _place(schedule, buffered)
+            if at is None:
+                missing[id] = "overwritten"
+                del tapped[id]
+            else:
+                places.setdefault((at, buffered.device), []).append(id)
+        before = schedule.names()
+        taps = [(at, device, ids) for (at, device), ids in sorted(places.items(), key=lambda item: item[0][0])]
+        if not taps:
+            taps = [(len(before), torch.device("cpu"), [])]
+        after = [*before, *("tap" for _ in taps)]
+        report = Report(kind, list(tapped), missing, before, after)
+        schedule.insert(
+            [
+                (at, device, [tapped[id] for id in ids], ids, report.note() if first == 0 else "")
+                for first, (at, device, ids) in enumerate(taps)
+            ]
+        )
+        self.reports.append(report._replace(after=schedule.names()))
+
+    def _found(self, graph: fx.Graph, kind: inductor.GraphKind) -> tuple[dict[int, Found], dict[int, str]]:
+        backward = kind == "backward"
+        found = find_gradients(graph, self._wanted) if backward else find(graph, self._wanted)
+        return found, {id: "rewritten" for id in self._wanted if id % 2 == backward and id not in found}
+
+
+def _place(schedule: inductor.Schedule, value: inductor.Buffered) -> int | None:
+    """Where to tap: held back to where a function ends anyway, so that many values share one call; else as late as
+    possible. None where every tap would split a function."""
+    for place in range(value.begin, value.end + 1):
+        if schedule.stops(place):
+            return place
+    return next((place for place in range(value.end, value.begin - 1, -1) if schedule.is_free(place)), None)
+
+
+def chained_uuid(digest: str, *chained: Any) -> Any | None:
+    """What the compiler's caches tell our passes by; None, which bypasses them, if a user's pass has nothing."""
+    theirs = []
+    for each in chained:
+        if each is None:
+            continue
+        uuid = each.uuid() if hasattr(each, "uuid") else None
+        if uuid is None:
+            return None
+        theirs.append(uuid)
+    return (digest, _sources(), *theirs)
+
+
+def _sources() -> str:
+    here = Path(__file__).parent
+    names = ("exact.py", "full.py", "inductor_compat.py", "stamps.py", "tap_op.py")
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

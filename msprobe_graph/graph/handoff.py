@@ -1,0 +1,95 @@
+"""Handing a graph on to the inner backend, with taps at the latest place that this backend offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from msprobe_graph.config import ConfigError
+
+from ._compat import registered_backend
+from .full import FullPass
+from .options import GraphOptions
+from .stamps import Wanted
+from .tap_op import TAP
+
+AT_DYNAMO_LEVEL = (
+    "the inner backend {} offers no place behind AOTAutograd, so taps are in the graph that it was given; they can "
+    "change what it fuses, saves and recomputes, and with that the results"
+)
+
+
+class Compiled(NamedTuple):
+    """What an inner backend made of a graph."""
+
+    call: Callable[..., Any]
+    remarks: Sequence[str] = ()
+    """For the manifest."""
+
+
+def hand_on(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    wanted: Mapping[int, Wanted],
+    in_full: Collection[int],
+    digest: str,
+    options: GraphOptions,
+) -> Compiled:
+    """Compile dynamo's graph with taps on the `wanted` values (by value id).
+
+    Those `in_full` are tapped whatever it takes, the others where the compiled program holds them in memory anyway.
+    `digest` tells this choice from others in the compiler's caches. Raises ConfigError for an inner backend that does
+    not exist.
+    """
+    inner = options.inner
+    if inner == "inductor":
+        from .inductor import compile_with_taps
+
+        return Compiled(compile_with_taps(module, inputs, wanted, in_full, digest, options))
+    backend = registered_backend(inner) if isinstance(inner, str) else inner
+    if backend is None:
+        raise ConfigError(f"backend msprobe: the option inner is {inner!r}, which is not in torch.compiler.list_backends()")
+    arguments = dict(options.inner_options)
+    if options.mode is not None:
+        arguments["mode"] = options.mode
+    if inner == "aot_eager":
+        tapped = _tapped_by(FullPass(wanted, digest))
+        return Compiled(backend(module, inputs, fw_compiler=tapped, bw_compiler=tapped, **arguments))
+    _tap_dynamo_graph(module, wanted)
+    if inner == "eager":
+        return Compiled(backend(module, inputs, **arguments))
+    name = inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner))
+    return Compiled(backend(module, inputs, **arguments), [AT_DYNAMO_LEVEL.format(name)])
+
+
+def _tapped_by(tap: FullPass) -> Callable[..., Any]:
+    def compile_aten(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        from torch._dynamo.backends.debugging import boxed_nop
+
+        tap(module.graph)
+        module.recompile()
+        return boxed_nop(module, inputs)
+
+    return compile_aten
+
+
+def _tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted]) -> None:
+    """Taps on forward values, each right behind its node."""
+    nodes = list(module.graph.nodes)
+    for ref in wanted:
+        node = nodes[ref // 2]
+        if ref % 2 == 0 and node.op != "placeholder":
+            with module.graph.inserting_after(node):
+                module.graph.call_function(TAP, ([_written(node, wanted[ref])], [ref], ""))
+    module.recompile()
+
+
+def _written(node: fx.Node, value: Wanted) -> fx.Node:
+    """What to read once `node` has run: its result, or the argument that it has written."""
+    if value.written is None:
+        return node
+    from .stamps import written_arguments
+
+    return dict(written_arguments(node))[value.written]

@@ -1,0 +1,57 @@
+"""Handing a graph on to Inductor: its options, with our passes chained behind the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+
+from msprobe_graph.config import ConfigError
+
+from .exact import ExactPass
+from .full import FullPass
+from .options import GraphOptions
+from .stamps import Wanted
+
+
+def compile_with_taps(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    wanted: Mapping[int, Wanted],
+    in_full: Collection[int],
+    digest: str,
+    options: GraphOptions,
+) -> Callable[..., Any]:
+    """See `handoff.hand_on`."""
+    patches = inductor_config(options)
+    exact = {ref: value for ref, value in wanted.items() if ref not in in_full}
+    theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    chained = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+    patches["post_grad_custom_post_pass"] = FullPass(wanted, digest, in_full, chained)
+    patches["_post_fusion_custom_pass"] = ExactPass(
+        exact, digest, patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass)
+    )
+    # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
+    # later.
+    compiled: Callable[..., Any] = compile_fx(module, inputs, config_patches=patches)
+    return compiled
+
+
+def inductor_config(options: GraphOptions) -> dict[str, Any]:
+    """The user's mode and options as Inductor's configuration; ConfigError for what Inductor does not know."""
+    found: dict[str, Any] = {}
+    if options.mode not in (None, "default"):
+        try:
+            found |= torch._inductor.list_mode_options(options.mode)
+        except RuntimeError as error:
+            raise ConfigError(f"backend msprobe: {error}") from error
+    for name, value in options.inner_options.items():
+        key = name.replace("-", "_")
+        if not hasattr(config, key):
+            raise ConfigError(f"backend msprobe: the option {name!r} is neither msprobe's nor Inductor's")
+        found[key] = value
+    return found

@@ -1,0 +1,356 @@
+"""Private Inductor that the exact pass needs, in one place. Tested with torch 2.13.
+
+What follows from how Inductor works, and not from its interfaces, is told where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx
+from torch._inductor import dependencies, ir, lowering, scheduler
+from torch._inductor.utils import sympy_dot
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+
+from .tap_op import KEEP, TAP
+
+GraphKind = Literal["inference", "forward", "backward"]
+
+
+class Unsupported(RuntimeError):
+    """This torch's Inductor lacks something that the exact pass needs."""
+
+
+def check() -> None:
+    """Raise Unsupported, naming what is missing, unless this torch's Inductor is as the exact pass needs it."""
+    needed: list[tuple[Any, str]] = [
+        (torch._inductor.config, "_post_fusion_custom_pass"),
+        (torch._inductor.config, "post_grad_custom_post_pass"),
+        (scheduler.Scheduler, "compute_last_usage"),
+        (scheduler.Scheduler, "create_scheduler_node"),
+        (scheduler.NodeUser, "get_name"),
+        (scheduler.BaseSchedulerNode, "get_outputs"),
+        (scheduler.SchedulerBuffer, "get_mutations"),
+        (scheduler.SchedulerBuffer, "get_aliases"),
+        (ir, "FallbackKernel"),
+        (ir, "ReinterpretView"),
+        (ir, "NonOwningLayout"),
+        (ir, "MutationLayoutSHOULDREMOVE"),
+        (lowering, "register_lowering"),
+    ]
+    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in needed if not hasattr(owner, name)]
+    if missing:
+        raise Unsupported(f"torch {torch.__version__}: Inductor has no {', '.join(missing)}; use fidelity 'full'")
+
+
+@lowering.register_lowering(KEEP, type_promotion_kind=None)  # type: ignore[no-untyped-call, untyped-decorator]
+def _keep() -> None:
+    """GraphLowering is an fx.Interpreter that forgets what each node became after its last use: not this time."""
+    V.graph.garbage_collect_values = False
+
+
+def running_graph() -> tuple[fx.Graph, GraphKind] | None:
+    """The aten graph that is being compiled; None for the inner graphs of control flow and higher-order operators."""
+    graph = V.graph
+    if hasattr(graph, "parent"):
+        return None
+    kind: GraphKind = "inference" if graph.is_inference else "backward" if graph.is_backward else "forward"
+    return graph.graph, kind
+
+
+def before_last_usage(insert: Callable[[Schedule], None]) -> None:
+    """Have `insert` called when all decisions about the running scheduler's nodes are made, and before it is computed
+    which of them is the last to use a buffer."""
+    running = V.graph.scheduler
+    compute = running.compute_last_usage
+
+    def compute_last_usage() -> None:
+        insert(Schedule(running))
+        compute()
+
+    running.compute_last_usage = compute_last_usage
+
+
+class Hole(NamedTuple):
+    """Why a value can't be tapped; a key of exact.REASONS."""
+
+    reason: str
+
+
+class Buffered(NamedTuple):
+    """A value in memory that the compiled program puts there anyway."""
+
+    name: str
+    """Of the buffer."""
+    view: ir.IRNode
+    """The value in that buffer, in its logical shape."""
+    begin: int
+    """The first place where it is there: a tap may come before the node of this index."""
+    end: int
+    """The last such place: the node of this index may overwrite it."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.view.get_device_or_error()
+
+
+class Schedule:
+    """The running scheduler's nodes in the order in which code is generated for them. A *place* is an index of them: a
+    tap at place k comes right before node k, or at the end."""
+
+    def __init__(self, running: scheduler.Scheduler) -> None:
+        self._scheduler = running
+        self.nodes = list(running.nodes)
+        self._owner = {part.get_name(): at for at, node in enumerate(self.nodes) for part in node.get_nodes()}
+        self._storage = _Storages(self.nodes)
+        self._order = {node: at for at, node in enumerate(V.graph.graph.nodes)}
+        self._rewritten = {
+            argument
+            for node in V.graph.graph.nodes
+            if node.target in (torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar)
+            for argument in node.args[:1]
+        }
+
+    def names(self) -> list[str]:
+        """Fused nodes by name."""
+        return [node.get_name() for node in self._scheduler.nodes]
+
+    def locate(self, node: fx.Node, after: fx.Node) -> Buffered | Hole:
+        """Where in memory the value of an FX node is, as `after` has left it."""
+        if node in self._rewritten:
+            # Inductor lets what was lowered for the node point to the new value.
+            return Hole("overwritten")
+        box = V.graph.env.get(node)
+        if not isinstance(box, ir.TensorBox):
+            return Hole("not_strided")
+        view = _strided(box)
+        if isinstance(view, Hole):
+            return view
+        name = view.get_name()
+        if after.target in _UNINITIALISED:
+            return Hole("uninitialised")
+        if any(size == 0 for size in view.get_size()):
+            return Hole("empty")
+        return self._timed(name, view, self._order[after])
+
+    def _timed(self, name: str, view: ir.IRNode, order: int) -> Buffered | Hole:
+        known = self._scheduler.name_to_buf
+        if name in V.graph.removed_buffers or not (name in known or name in V.graph.graph_inputs):
+            return Hole("constant" if name in V.graph.constants else "fused")
+        names = self._storage.of(name)
+        begin, end = 0, len(self.nodes)
+        if name in known:
+            operation = known[name].defining_op
+            if operation is None or operation.get_name() not in self._owner:
+                return Hole("fused")
+            begin = self._owner[operation.get_name()] + 1
+            if not self._read_outside(names, begin - 1):
+                return Hole("fused")
+        for at, written in self._storage.mutations(names):
+            if written is None:
+                return Hole("overwritten")
+            if self._order[written] <= order:
+                begin = max(begin, at + 1)
+            else:
+                end = min(end, at)
+        end = min(end, self._reused(names, end))
+        return Buffered(name, view, begin, end) if begin <= end else Hole("overwritten")
+
+    def _read_outside(self, names: set[str], owner: int) -> bool:
+        """Whether anything but the fused node at `owner` reads the storage, or a mutation pins it in memory."""
+        running = self._scheduler
+        if any(name in running.mutation_renames or name in running.mutation_real_name for name in names):
+            return True
+        return any(
+            isinstance(user.node, scheduler.OutputNode) or self._owner.get(user.get_name(), owner) != owner
+            for user in self._users(names)
+            if not user.is_weak
+        )
+
+    def _users(self, names: set[str]) -> Iterator[scheduler.NodeUser]:
+        for name in names:
+            buffer = self._scheduler.name_to_buf.get(name) or self._scheduler.name_to_donated_buffer.get(name)
+            if buffer is not None:
+                yield from buffer.users
+
+    def _reused(self, names: set[str], end: int) -> int:
+        """The place of the node that may write its result in place of the storage: of its readers only the last can,
+        and never if the graph returns it."""
+        users = [user for user in self._users(names) if user.get_name() not in V.graph.removed_operations]
+        if any(isinstance(user.node, scheduler.OutputNode) for user in users):
+            return end
+        last = max((self._owner.get(user.get_name(), -1) for user in users), default=-1)
+        if any(user.can_inplace and self._owner.get(user.get_name(), -1) == last for user in users):
+            return min(end, last)
+        return end
+
+    def stops(self, place: int) -> bool:
+        """Whether the code generator begins a new function at this place anyway: the CPU's packs neighbouring nodes
+        into one function, which an operator in between would split."""
+        if place == len(self.nodes):
+            return True
+        node = self.nodes[place]
+        return bool(node.is_extern() or node.is_template())
+
+    def is_free(self, place: int) -> bool:
+        """Whether an operator at this place splits no function: besides where it stops, right behind a call."""
+        if self.stops(place):
+            return True
+        before = place - 1
+        while before >= 0 and isinstance(self.nodes[before], scheduler.NopKernelSchedulerNode):
+            before -= 1
+        if before < 0:
+            return True
+        node, following = self.nodes[before], self.nodes[place]
+        devices = [each.get_device() for each in (node, following)]
+        return bool(
+            node.is_extern()
+            or node.is_template()
+            or all(device is not None and device.type != "cpu" for device in devices)
+        )
+
+    def insert(self, taps: Sequence[tuple[int, torch.device, Sequence[Buffered], Sequence[int], str]]) -> None:
+        """Put tap operators in: place, device, values, ids, note. Those at one place keep their order."""
+        at: dict[int, list[scheduler.BaseSchedulerNode]] = {}
+        for place, device, values, ids, note in taps:
+            at.setdefault(place, []).append(self._tap(device, values, ids, note))
+        nodes: list[scheduler.BaseSchedulerNode] = []
+        for place in range(len(self.nodes) + 1):
+            nodes += at.get(place, [])
+            nodes += self.nodes[place : place + 1]
+        self._scheduler.nodes = nodes
+
+    def _tap(
+        self, device: torch.device, values: Sequence[Buffered], ids: Sequence[int], note: str
+    ) -> scheduler.BaseSchedulerNode:
+        """A call of the tap operator. The buffers' lists of users are left as they are: what is decided by them while
+        code is generated (in-place reuse) stays decided as it was."""
+        running = self._scheduler
+        kernel = ir.FallbackKernel(
+            ir.NoneLayout(device=device),
+            TAP,
+            [value.view for value in values],
+            [list(ids), note],
+            lambda tensors, constants: ([list(tensors), *constants], {}),
+        )
+        node = running.create_scheduler_node(kernel)
+        node.unmet_dependencies = OrderedSet(node.read_writes.reads)
+        node.ancestors = OrderedSet()
+        node.min_order = node.max_order = len(self.nodes)
+        name = node.get_name()
+        running.name_to_node[name] = running.name_to_fused_node[name] = node
+        running.name_to_buf.update((buffer.get_name(), buffer) for buffer in node.get_outputs())
+        return node
+
+
+_UNINITIALISED = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+)
+
+
+class _Storages:
+    """Which buffers share memory, and which scheduler nodes write into it after it was made."""
+
+    def __init__(self, nodes: Sequence[scheduler.BaseSchedulerNode]) -> None:
+        self._sets: dict[str, set[str]] = {}
+        self._writes: list[tuple[int, str, fx.Node | None]] = []
+        for at, node in enumerate(nodes):
+            for buffer in node.get_outputs():
+                layout = buffer.node.layout
+                aliases = list(buffer.get_aliases())
+                if isinstance(layout, ir.NoneLayout) and len(aliases) > 1:
+                    aliases = []  # an operator that writes several arguments: they don't share memory with each other
+                if isinstance(layout, ir.NonOwningLayout):
+                    aliases.append(layout.view.get_name())
+                mutations = list(buffer.get_mutations())
+                for other in [*aliases, *mutations]:
+                    self._join(buffer.get_name(), other)
+                for name in mutations:
+                    self._writes.append((at, name, _origin(buffer.node)))
+
+    def _join(self, one: str, other: str) -> None:
+        joined = self.of(one) | self.of(other)
+        for name in joined:
+            self._sets[name] = joined
+
+    def of(self, name: str) -> set[str]:
+        return self._sets.get(name, {name})
+
+    def mutations(self, names: set[str]) -> list[tuple[int, fx.Node | None]]:
+        """Index of the scheduler node that writes, and the FX node that it stands for, if known."""
+        return [(at, origin) for at, name, origin in self._writes if name in names]
+
+
+def _origin(buffer: ir.Buffer) -> fx.Node | None:
+    """The FX node that a buffer written in place stands for."""
+    operation = getattr(buffer, "mutating_node", buffer)
+    found = getattr(operation, "fx_node", None) or operation.get_origin_node()
+    if found is None:
+        origins = [origin for origin in operation.get_origins() if isinstance(origin, fx.Node)]
+        order = {node: at for at, node in enumerate(V.graph.graph.nodes)}
+        found = max((origin for origin in origins if origin in order), key=order.__getitem__, default=None)
+    return found if isinstance(found, fx.Node) else None
+
+
+def _strided(box: ir.TensorBox) -> ir.IRNode | Hole:
+    """What was lowered for an FX node as a buffer or a strided view of one. Nothing is computed or copied for it."""
+    base: Any = box
+    while isinstance(base, (ir.MutableBox, ir.BaseView)):
+        base = base.data
+    if not isinstance(base, ir.Buffer):
+        return Hole("fused" if isinstance(base, ir.Loops) else "constant")
+    if isinstance(base.layout, (ir.NoneLayout, ir.MultiOutputLayout)):
+        return Hole("not_strided")
+    view: Any = box
+    while isinstance(view, ir.MutableBox):
+        view = view.data
+    if isinstance(view, ir.Buffer):
+        layout = view.layout
+        if isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
+            return Hole("overwritten")
+        return view
+    if isinstance(view, ir.ReinterpretView):
+        return view
+    if not isinstance(view, ir.BaseView) or isinstance(base.layout, ir.MutationLayoutSHOULDREMOVE):
+        return Hole("not_strided")
+    return _reinterpreted(view)
+
+
+def _reinterpreted(view: ir.BaseView) -> ir.ReinterpretView | Hole:
+    """ir.ExternKernel.convert_to_reinterpret_view, without its say in the layout of the buffer: that is settled."""
+    index_args, ranges = dependencies.index_vars_squeeze(view.get_size(), prefix="r")
+    variables = index_args[0]
+    try:
+        index = view.make_indexer()(variables)
+    except NotImplementedError:
+        return Hole("not_strided")
+    index = V.graph.sizevars.simplify_with_ranges(index, ranges)
+    strides = V.graph.sizevars.stride_vars(index, variables)
+    offset = V.graph.sizevars.offset_var(index, variables)
+    if index != sympy_dot(variables, strides) + offset:
+        return Hole("not_strided")
+    return ir.ReinterpretView(
+        data=_storage_box(view),
+        layout=ir.FixedLayout(
+            device=view.get_device_or_error(),
+            dtype=view.get_dtype(),
+            size=view.get_size(),
+            stride=strides,
+            offset=offset,
+        ),
+    )
+
+
+def _storage_box(view: ir.BaseView) -> ir.IRNode:
+    data: Any = view.data
+    while isinstance(data, ir.BaseView) or isinstance(data, ir.TensorBox):
+        data = data.data
+    assert isinstance(data, ir.IRNode)
+    return data

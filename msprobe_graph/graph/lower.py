@@ -1,0 +1,84 @@
+"""One graph on its way from dynamo to the inner backend: name, select, tap, hand on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from torch import fx
+
+from msprobe_graph.config import Settings
+from msprobe_graph.config.operators import OperatorTable
+from msprobe_graph.config.selection import Selection
+from msprobe_graph.eager.context import Context
+from msprobe_graph.version import __version__
+
+from ._compat import module_calls
+from .handoff import hand_on
+from .marks import Marks
+from .naming import plan_of
+from .options import GraphOptions
+from .plan import Plan, refs
+from .region import Region
+from .stamps import Wanted, stamp, values
+
+_marks = Marks()
+
+
+def lower(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: GraphOptions,
+    settings: Settings,
+    operators: OperatorTable,
+    running: Callable[[], Context | None],
+) -> Callable[..., Any]:
+    """What a dynamo backend returns for a graph: a function that computes it and, when `running` gives a capture,
+    records the calls in it.
+
+    A graph without anything that `settings` select is handed on as it came.
+    """
+    modules, apis = settings.level in ("L0", "mix"), settings.level in ("L1", "mix")
+    has_modules = any(node.meta.get("nn_module_stack") for node in module.graph.nodes)
+    marks = _marks.of(module.graph) if modules and has_modules else ()
+    frame_module = next(iter(module_calls()), None)
+    selection = Selection(settings, operators.risk)
+    wants_api = selection.may_want_api if apis else lambda name: False
+    plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
+    stamp(module)
+    wanted = _wanted(plan, values(module.graph))
+    if not plan.calls:
+        return Region(plan, hand_on(module, inputs, {}, (), "", options).call, running)
+    in_full = _in_full(plan, wanted, options)
+    compiled = hand_on(module, inputs, wanted, in_full, _digest(wanted, in_full), options)
+    return Region(plan, compiled.call, running, compiled.remarks)
+
+
+def _wanted(plan: Plan, known: dict[int, Wanted]) -> dict[int, Wanted]:
+    """The values to tap. The graph's inputs and outputs need none: they are read where they come in and go out."""
+    wanted = {}
+    for ref in plan.values:
+        if ref in known and ref not in plan.inputs and ref not in plan.outputs:
+            wanted[ref] = known[ref]
+    return wanted
+
+
+def _in_full(plan: Plan, wanted: dict[int, Wanted], options: GraphOptions) -> set[int]:
+    if options.fidelity == "full":
+        return set(wanted)
+    chosen = options.full_modules
+    if not chosen:
+        return set()
+    found: set[int] = set()
+    for call in plan.calls:
+        path = call.place.path if call.place is not None else ""
+        if any(path == name or path.startswith(f"{name}.") for name in chosen):
+            found.update(ref.id for ref in refs([call.args, call.kwargs, call.output]))
+    return found & wanted.keys()
+
+
+def _digest(wanted: dict[int, Wanted], in_full: Collection[int]) -> str:
+    """Tells what is tapped from any other choice: the caches of the inner backend know nothing of stamps."""
+    table = sorted((ref, str(value), ref in in_full) for ref, value in wanted.items())
+    return hashlib.sha256(repr((__version__, table)).encode()).hexdigest()

@@ -1,0 +1,259 @@
+"""The name pass: from dynamo's graph to the plan of its calls.
+
+Names are those of an eager capture. A module call comes from the marks that dynamo's second trace has left, a torch call
+from a node of the graph, which holds what the program called: ``torch._C._nn.linear``, ``operator.add``, the method
+"view".
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from msprobe_graph.config.operators import OperatorTable
+from msprobe_graph.dump.encode import describe
+from msprobe_graph.dump.records import Frame
+
+from ._compat import source
+from .marks import OTHER, Mark, Seen
+from .plan import Call, Place, Plan, Ref, Value, value_id
+
+NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
+
+
+def plan_of(
+    graph: fx.Graph,
+    marks: Sequence[Mark] | None,
+    operators: OperatorTable,
+    wants_api: Callable[[str], bool],
+    frame_module: nn.Module | None,
+) -> Plan:
+    """The plan of dynamo's `graph`.
+
+    marks: its module calls; () where they are not wanted, None where they could not be had.
+    operators: names the torch calls, of which those are left out whose name `wants_api` does not want.
+    frame_module: the module whose forward dynamo has traced, None for another function.
+    """
+    return _Naming(graph, operators, wants_api, frame_module).plan(marks)
+
+
+class _Naming:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        operators: OperatorTable,
+        wants_api: Callable[[str], bool],
+        frame_module: nn.Module | None,
+    ) -> None:
+        self._nodes = list(graph.nodes)
+        self._index = {node: index for index, node in enumerate(self._nodes)}
+        self._operators = operators
+        self._wants_api = wants_api
+        self._paths = {} if frame_module is None else {id(m): name for name, m in frame_module.named_modules()}
+        self._inner = [node for node in self._nodes if node.op not in ("placeholder", "output")]
+        self._inputs = {source(node): node for node in self._nodes if node.op == "placeholder"}
+        self._values: dict[int, Value] = {}
+        self._calls: list[Call] = []
+        self._running: list[int] = []
+        self._time = 0
+
+    def plan(self, marks: Sequence[Mark] | None) -> Plan:
+        left = list(reversed(marks or ()))
+        for position, node in enumerate(self._inner):
+            while left and left[-1].at <= position:
+                self._mark(left.pop())
+            self._function_call(node)
+        while left:
+            self._mark(left.pop())
+        inputs = {value_id(self._index[node]): at for at, node in enumerate(self._inputs.values())}
+        returned = next(node for node in self._nodes if node.op == "output").args[0]
+        outputs: dict[int, int] = {}
+        for at, node in enumerate(returned):
+            if isinstance(node, fx.Node):
+                outputs.setdefault(value_id(self._index[node]), at)
+        return Plan(
+            calls=self._calls,
+            values=self._values,
+            inputs={id_: at for id_, at in inputs.items() if id_ in self._values},
+            outputs={id_: at for id_, at in outputs.items() if id_ in self._values and id_ not in inputs},
+            anchors=anchors(list(self._inputs)),
+            holes=[] if marks is not None else [NO_MARKS],
+        )
+
+    def _now(self) -> int:
+        self._time += 1
+        return self._time
+
+    def _mark(self, mark: Mark) -> None:
+        if mark.returned is None:
+            key, expression, cls = mark.module
+            inside = self._running[-1] if self._running else None
+            self._running.append(len(self._calls))
+            self._calls.append(Call("module", cls, self._place(key, expression), self._now(), 0, inside=inside))
+            return
+        call = self._calls[self._running.pop()]
+        call.end = self._now()
+        args, kwargs, outputs = mark.returned
+        call.args, call.kwargs, call.output = self._nest(list(args)), self._nest(dict(kwargs)), self._nest(outputs)
+
+    def _function_call(self, node: fx.Node) -> None:
+        name = api_name(node, self._operators)
+        if name is None or not self._wants_api(name):
+            return
+        args, kwargs = self._operators.as_written(name, node.args, node.kwargs)
+        now = self._now()
+        self._calls.append(
+            Call(
+                "api",
+                name,
+                self._place_of(node),
+                now,
+                now,
+                self._nest(list(args)),
+                self._nest(dict(kwargs)),
+                self._outputs(node),
+                self._running[-1] if self._running else None,
+                frames(node.meta.get("stack_trace")),
+            )
+        )
+
+    def _outputs(self, node: fx.Node) -> list[Any]:
+        """A tuple is spread over the outputs, as `spread` does in eager capture."""
+        value = node.meta.get("example_value")
+        if not isinstance(value, (tuple, list)):
+            return [self._leaf(node)]
+        items = {
+            user.args[1]: user for user in reversed(node.users) if user.target is operator.getitem
+        }  # of several users of one item the first in the graph
+        outputs = [self._leaf(items[i]) if i in items else describe(None) for i in range(len(value))]
+        return outputs if isinstance(value, tuple) else [outputs]
+
+    def _nest(self, value: Any) -> Any:
+        if isinstance(value, Seen):
+            node = self._inputs.get(value.node) if isinstance(value.node, str) else self._inner[value.node]
+            return self._leaf(node) if node is not None else describe(None)
+        if isinstance(value, fx.Node):
+            return self._leaf(value)
+        if isinstance(value, tuple) and len(value) == 2 and value[0] == OTHER:
+            return {"type": value[1], "value": None}
+        if isinstance(value, (list, tuple)) and type(value) is not torch.Size:
+            return [self._nest(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): self._nest(item) for key, item in value.items()}
+        return describe(value)
+
+    def _leaf(self, node: fx.Node) -> Any:
+        value = example_value(node)
+        if not isinstance(value, torch.Tensor):
+            # A number that the program computes as it runs, or a tuple of tensors.
+            return {"type": _python_type(value), "value": None}
+        ref = value_id(self._index[node])
+        if ref not in self._values:
+            shape = tuple(size if type(size) is int else None for size in value.shape)
+            self._values[ref] = Value(shape, value.dtype, value.requires_grad)
+        return Ref(ref)
+
+    def _place_of(self, node: fx.Node) -> Place | None:
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            return None
+        key, (expression, _) = next(reversed(stack.items()))
+        return self._place(key, expression)
+
+    def _place(self, key: str, expression: str) -> Place:
+        root, path = split_expression(expression)
+        known = self._paths.get(int(key.partition("@")[0])) if key.partition("@")[0].isdigit() else None
+        return Place(root, path if known is None else known)
+
+
+_MEMBER = re.compile(r"\._modules\['([^']+)'\]|\._(?:parameters|buffers)\['([^']+)'\]|\.(\w+)|\['([^']+)'\]")
+_ROOT = re.compile(r"[A-Z]\['[^']+'\]")
+
+
+def split_expression(expression: str) -> tuple[str, str]:
+    """The variable and the path of an expression of dynamo's.
+
+    >>> split_expression("L['self']._modules['layers']._modules['0']"), split_expression("L['self'].layers.0")
+    (("L['self']", 'layers.0'), ("L['self']", 'layers.0'))
+    """
+    root = _ROOT.match(expression)
+    if root is None:
+        return expression, ""
+    members = _MEMBER.findall(expression[root.end() :])
+    return root.group(), ".".join(next(filter(None, names)) for names in members)
+
+
+def anchors(sources: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
+    """Of the graph's inputs, given by where they come from, those that are parameters or buffers: see Plan.anchors."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for position, expression in enumerate(sources):
+        if re.search(r"\._(parameters|buffers)\['[^']+'\]$", expression):
+            root, path = split_expression(expression)
+            found.setdefault(root, []).append((position, path))
+    return found
+
+
+_METHODS = {
+    name.strip("_"): name
+    for name in vars(operator)
+    if name.startswith("__") and name.endswith("__") and hasattr(torch.Tensor, name)
+}
+"""Of the functions of `operator`, by name: the method that each calls."""
+
+
+def api_name(node: fx.Node, operators: OperatorTable) -> str | None:
+    """The name under which eager capture records the call that `node` is; None for one that it doesn't record."""
+    if node.op == "call_method":
+        return operators.name(getattr(torch.Tensor, str(node.target), None))
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if getattr(target, "__module__", None) != "_operator":
+        if target is getattr:
+            return _getter_name(node, operators)
+        return operators.name(target)
+    method = _METHODS.get(target.__name__.strip("_"))
+    if method is None or not any(isinstance(example_value(arg), torch.Tensor) for arg in node.all_input_nodes):
+        return None
+    first = node.args[0]
+    if not (isinstance(first, fx.Node) and isinstance(example_value(first), torch.Tensor)):
+        method = f"__r{method[2:]}"
+    return operators.name(getattr(torch.Tensor, method, None))
+
+
+def _getter_name(node: fx.Node, operators: OperatorTable) -> str | None:
+    attribute = getattr(torch.Tensor, str(node.args[1]), None)
+    return None if attribute is None else operators.name(getattr(attribute, "__get__", None))
+
+
+def example_value(node: fx.Node) -> Any:
+    """What dynamo found a node's value to be: a fake tensor, a symbolic number, a tuple of those."""
+    value = node.meta.get("example_value")
+    if value is None and node.op == "placeholder" and (argument := node.meta.get("grapharg")) is not None:
+        return argument.fake_tensor if argument.fake_tensor is not None else argument.example
+    return value
+
+
+def frames(trace: str | None) -> tuple[Frame, ...]:
+    """A node's stack trace, innermost frame first."""
+    return tuple(reversed(list(_frames(trace or ""))))
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def _frames(trace: str) -> Iterator[Frame]:
+    for path, line, function in _FRAME.findall(trace):
+        yield Frame(path, int(line), function)
+
+
+def _python_type(value: Any) -> str:
+    for symbolic, name in ((torch.SymInt, "int"), (torch.SymFloat, "float"), (torch.SymBool, "bool")):
+        if isinstance(value, symbolic):
+            return name
+    return type(value).__name__

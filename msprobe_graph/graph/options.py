@@ -1,0 +1,65 @@
+"""What users pass to the backend: ``torch.compile(model, backend="msprobe", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import msgspec
+
+from msprobe_graph.config import ConfigError
+
+Fidelity = Literal["exact", "full"]
+Inner = str | Callable[..., Any]
+
+
+class GraphOptions(msgspec.Struct, frozen=True):
+    """The options of one compilation. ``config_path``: as PrecisionDebugger takes it; without it an active
+    PrecisionDebugger says what to capture.
+
+    What is not listed here goes to the inner backend as its own option.
+    """
+
+    config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    inner: Inner = "inductor"
+    """What compiles: the name of a dynamo backend or a callable."""
+    fidelity: Fidelity = "exact"
+    """exact: the values that the compiled program holds in memory anyway, its kernels unchanged. full: all of them,
+    which changes the kernels."""
+    full_modules: tuple[str, ...] = ()
+    """Modules, by qualified name, for which fidelity is full; all that is inside them included."""
+    mode: str | None = None
+    """The inner backend's mode ("max-autotune"), because torch.compile takes no mode beside options."""
+    inner_options: Mapping[str, Any] = {}
+
+
+OURS = tuple(name for name in GraphOptions.__struct_fields__ if name != "inner_options")
+
+
+def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphOptions:
+    """`options` and `mode` as torch.compile hands them over; ConfigError, one sentence, for a wrong one."""
+    given = dict(options or {})
+    ours = {name: given.pop(name) for name in OURS if name in given}
+    for name in given:
+        close = difflib.get_close_matches(name, OURS, n=1, cutoff=0.75)
+        if close:
+            raise ConfigError(f"backend msprobe: the option {name!r} is unknown; did you mean {close[0]!r}?")
+    fidelity = ours.get("fidelity", "exact")
+    if fidelity not in get_args(Fidelity):
+        raise ConfigError(
+            f"backend msprobe: the option fidelity is {fidelity!r}; it is one of {', '.join(get_args(Fidelity))}"
+        )
+    inner = ours.get("inner", "inductor")
+    if not isinstance(inner, str) and not callable(inner):
+        raise ConfigError(f"backend msprobe: the option inner is {inner!r}; it is a backend's name or a callable")
+    modules = ours.get("full_modules", ())
+    if isinstance(modules, str) or not all(isinstance(name, str) for name in modules):
+        raise ConfigError(
+            f"backend msprobe: the option full_modules is {modules!r}; it is a list of qualified module names"
+        )
+    if mode is not None:
+        ours.setdefault("mode", mode)
+    ours["full_modules"] = tuple(modules)
+    return GraphOptions(**cast(dict[str, Any], ours), inner_options=given)

@@ -1,0 +1,99 @@
+"""What is known of one graph before it runs: the calls in it, and which of its values each of them read and gave.
+
+Plain data, made by `naming` from dynamo's graph and read by `region` at run time. Everything in it is relative to what
+was compiled, because one compiled graph can serve many layers: module paths get their prefix, and calls their numbers,
+when the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from msprobe_graph.dump.records import Frame
+
+
+class Value(msgspec.Struct, frozen=True):
+    """A tensor of dynamo's graph, as it was when the graph was traced. A dynamic size is None."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+class Ref(msgspec.Struct, frozen=True):
+    """Stands in a call's arguments or results for the value of this id.
+
+    The value of the node at index n of dynamo's graph has the id 2n; the gradient of the loss with respect to it has
+    the id 2n + 1.
+    """
+
+    id: int
+
+
+def value_id(index: int) -> int:
+    return 2 * index
+
+
+def gradient_id(value: int) -> int:
+    """The id of the gradient with respect to the value of id `value`."""
+    return value + 1
+
+
+def refs(nest: Any) -> Iterator[Ref]:
+    """The values that a call's arguments or results refer to."""
+    if isinstance(nest, Ref):
+        yield nest
+    elif isinstance(nest, (list, dict)):
+        for item in nest.values() if isinstance(nest, dict) else nest:
+            yield from refs(item)
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A module, by the variable of the compiled frame that it was reached from ("L['self']") and the path from there
+    ("layers.0")."""
+
+    root: str
+    path: str
+
+
+class Call(msgspec.Struct):
+    """One call in the graph: of a module, or of a torch function. It becomes an entry at each run of the graph."""
+
+    kind: Literal["module", "api"]
+    name: str
+    """A module's class, a function's name in dumps ("Functional.linear")."""
+    place: Place | None
+    """The module itself, or the one in whose forward the function was called. None: in none that the graph knows."""
+    begin: int
+    end: int
+    """Both are places in the program's order: an inner call begins after its outer one and ends before it."""
+    args: list[Any] = []
+    """Nests with `Ref`s in place of tensors, and everything else as `encode.describe` puts it."""
+    kwargs: dict[str, Any] = {}
+    output: list[Any] = []
+    inside: int | None = None
+    """The module call in which this one was made, as an index into the plan's calls."""
+    stack: tuple[Frame, ...] = ()
+    """Innermost frame first; of functions only."""
+
+
+class Plan(msgspec.Struct):
+    """One graph."""
+
+    calls: list[Call]
+    """In the order in which they begin."""
+    values: dict[int, Value]
+    """By id: all tensors that calls refer to, gradients left out."""
+    inputs: dict[int, int]
+    """Ids of those among them that are inputs of the graph, with their positions."""
+    outputs: dict[int, int]
+    """Ids of those that the graph returns, with their positions."""
+    anchors: dict[str, list[tuple[int, str]]]
+    """By a place's root: inputs that are parameters or buffers below it, as position and path. At run time they tell
+    which module the root is."""
+    holes: list[str] = []
+    """What could not be learned of the graph, one sentence each."""

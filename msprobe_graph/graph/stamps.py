@@ -1,0 +1,260 @@
+"""Finding the values of dynamo's graph again in the aten graphs that AOTAutograd and Inductor make of it.
+
+Each node of dynamo's graph is stamped with its index, which AOTAutograd carries along to every aten node that it makes
+of it, forward and backward, and which rewriting patterns lose or hand on. What a value has become is told from the
+stamp, its shape and its dtype; a value for which that leaves any doubt is not found.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+KEY = "msprobe_graph"
+"""Below this name the stamp lies in ``node.meta["custom"]``."""
+
+
+class Wanted(NamedTuple):
+    """A tensor of dynamo's graph, by what it can be told from in an aten graph."""
+
+    stamp: int
+    """Of the call that made it."""
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    item: int | None = None
+    """Its place among the outputs of a call that returns several."""
+    written: str | None = None
+    """The name of the argument that it is, for an operator that returns nothing and writes its arguments."""
+
+
+class Found(NamedTuple):
+    """A value in an aten graph: what `node` is once `after` has run. They differ where `after` writes `node`."""
+
+    node: fx.Node
+    after: fx.Node
+
+
+def stamp(module: fx.GraphModule) -> None:
+    """Stamp the nodes of dynamo's graph with their indices."""
+    for index, node in enumerate(module.graph.nodes):
+        if node.op not in ("placeholder", "output"):
+            node.meta["custom"] = {**node.meta.get("custom", {}), KEY: index}
+
+
+def values(graph: fx.Graph) -> dict[int, Wanted]:
+    """The tensors of dynamo's graph by value id. Of its inputs only the gradients (id + 1) can be found again."""
+    index = {node: number for number, node in enumerate(graph.nodes)}
+    wanted: dict[int, Wanted] = {}
+    for node, number in index.items():
+        example = node.meta.get("example_value")
+        if node.op in ("placeholder", "output"):
+            if isinstance(example, torch.Tensor):
+                wanted[2 * number] = Wanted(number, tuple(example.shape), example.dtype)
+        elif isinstance(example, torch.Tensor):
+            wanted[2 * number] = _wanted(node, number, example, index, wanted)
+        elif example is None:
+            for name, argument in written_arguments(node):
+                tensor = argument.meta.get("example_value")
+                if isinstance(tensor, torch.Tensor):
+                    wanted[2 * number] = Wanted(number, tuple(tensor.shape), tensor.dtype, written=name)
+                break
+    return wanted
+
+
+def _wanted(
+    node: fx.Node, number: int, example: torch.Tensor, index: Mapping[fx.Node, int], known: Mapping[int, Wanted]
+) -> Wanted:
+    source = _unchanged(node, example)
+    if source is not None and 2 * index[source] in known:
+        return known[2 * index[source]]
+    stamped, item = number, None
+    if _name(node.target) == "getitem" and isinstance(node.args[0], fx.Node):
+        container = node.args[0].meta.get("example_value")
+        if isinstance(container, (tuple, list)) and isinstance(node.args[1], int):
+            stamped, item = index[node.args[0]], node.args[1] % len(container)
+    return Wanted(stamped, tuple(example.shape), example.dtype, item)
+
+
+_MAY_CHANGE_NOTHING = frozenset(
+    "contiguous to float half bfloat16 double type type_as dropout view reshape view_as expand expand_as flatten "
+    "squeeze unsqueeze detach alias identity cpu cuda npu".split()
+)
+
+
+def _unchanged(node: fx.Node, example: torch.Tensor) -> fx.Node | None:
+    """The argument that the call returned just as it was (``x.contiguous()``, dropout in evaluation)."""
+    if _name(node.target) not in _MAY_CHANGE_NOTHING or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    argument = node.args[0].meta.get("example_value")
+    if not isinstance(argument, torch.Tensor) or argument.dtype != example.dtype:
+        return None
+    same = (
+        argument.untyped_storage()._cdata == example.untyped_storage()._cdata
+        and _same(argument.shape, example.shape)
+        and _same(argument.stride(), example.stride())
+        and _same((argument.storage_offset(),), (example.storage_offset(),))
+    )
+    return node.args[0] if same else None
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """The arguments that a custom operator's schema says it writes, by name, in the schema's order."""
+    overload = node.target
+    if isinstance(overload, torch._ops.OpOverloadPacket):
+        names = overload.overloads()
+        overload = getattr(overload, names[0]) if len(names) == 1 else None
+    if not isinstance(overload, torch._ops.OpOverload):
+        return
+    for place, argument in enumerate(overload._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(value, fx.Node):
+                yield argument.name, value
+
+
+def stamp_of(node: fx.Node) -> int | None:
+    found = node.meta.get("custom", {}).get(KEY)
+    return found if isinstance(found, int) else None
+
+
+def find(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, Found]:
+    """What the wanted values (even ids) are in an aten graph of the forward pass, as far as that is sure.
+
+    Several ids may be one node. Of nodes that compute gradients ahead of the backward pass, none is taken.
+    """
+    groups: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        number = stamp_of(node)
+        if number is not None and node.op == "call_function" and not _of_backward(node):
+            groups[number].append(node)
+    items: dict[int, dict[int, Wanted]] = defaultdict(dict)
+    for value in wanted.values():
+        if value.item is not None:
+            items[value.stamp][value.item] = value
+    found = {}
+    for id, value in wanted.items():
+        if id % 2:
+            continue
+        group = groups.get(value.stamp, [])
+        if value.written is not None:
+            place = _find_written(group, value)
+        elif value.item is not None:
+            rivals = [item for number, item in items[value.stamp].items() if number != value.item]
+            place = _find_item(group, value, rivals)
+        else:
+            place = _find_result(group, value)
+        if place is not None:
+            found[id] = place
+    return found
+
+
+def _of_backward(node: fx.Node) -> bool:
+    """Whether it is part of the backward pass, wherever the partitioner has put it."""
+    tag = node.meta.get("partitioner_tag")
+    return tag in ("is_backward", "must_be_in_backward") or "fwd_nn_module_stack" in node.meta
+
+
+def _find_result(group: list[fx.Node], value: Wanted) -> Found | None:
+    """The result is what the call computes and does not use any further."""
+    inside = set(group)
+    results = [node for node in group if fits(node, value) and inside.isdisjoint(node.users)]
+    return Found(results[0], results[0]) if len(results) == 1 else None
+
+
+def _find_item(group: list[fx.Node], value: Wanted, rivals: list[Wanted]) -> Found | None:
+    items = [
+        node
+        for node in group
+        if _name(node.target) == "getitem" and node.args[1] == value.item and fits(node, value)
+    ]
+    if len(items) == 1:
+        return Found(items[0], items[0])
+    alike = any(rival.dtype == value.dtype and _same(rival.shape, value.shape) for rival in rivals)
+    return None if alike else _find_result(group, value)
+
+
+def _find_written(group: list[fx.Node], value: Wanted) -> Found | None:
+    results = []
+    for node in group:
+        for name, argument in written_arguments(node):
+            if name == value.written and fits(argument, value):
+                results.append(Found(argument, node))
+        results += [Found(item, item) for item in _functionalized(node, value) if fits(item, value)]
+    return results[0] if len(results) == 1 else None
+
+
+def _functionalized(node: fx.Node, value: Wanted) -> Iterator[fx.Node]:
+    """The items of an auto-functionalized operator's outputs that are the written argument."""
+    if not (isinstance(node.target, torch._ops.HigherOrderOperator) and "auto_functionalized" in node.target.name()):
+        return
+    overload = node.args[0]
+    if not isinstance(overload, torch._ops.OpOverload):
+        return
+    returns = max(1, len(overload._schema.returns))
+    place = node.kwargs.get(f"_{value.written}_base_index")
+    if not isinstance(place, int):
+        names = [each.name for each in overload._schema.arguments if each.alias_info and each.alias_info.is_write]
+        place = names.index(value.written or "")
+    for user in node.users:
+        if _name(user.target) == "getitem" and user.args[1] == returns + place:
+            yield user
+
+
+def find_gradients(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, Found]:
+    """What the wanted gradients (odd ids, each with the value that it is the gradient of) are in an aten graph of the
+    backward pass, as far as that is sure.
+
+    A call's gradient is what flows into those nodes of the backward pass that bear its stamp. A recomputed value of
+    the forward pass is no gradient: it does not depend on what the backward pass is given.
+    """
+    flow = gradient_flow(graph)
+    entering: dict[int, dict[fx.Node, None]] = defaultdict(dict)
+    for node in graph.nodes:
+        number = stamp_of(node)
+        if number is None or node not in flow or node.op != "call_function":
+            continue
+        for source in node.all_input_nodes:
+            if source in flow and (stamp_of(source) != number or source.op == "placeholder"):
+                entering[number][source] = None
+    found = {}
+    for id, value in wanted.items():
+        if id % 2 == 0 or value.item is not None or value.written is not None:
+            continue
+        sources = [node for node in entering.get(value.stamp, ()) if fits(node, value)]
+        if len(sources) == 1:
+            found[id] = Found(sources[0], sources[0])
+    return found
+
+
+def gradient_flow(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on a gradient that the backward pass is given."""
+    flow: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.name.startswith("tangents"):
+                flow.add(node)
+        elif node.op != "output" and not flow.isdisjoint(node.all_input_nodes):
+            flow.add(node)
+    return flow
+
+
+def fits(node: fx.Node, value: Wanted) -> bool:
+    """Whether the node of an aten graph gives a tensor of the value's shape and dtype. Adds no guard."""
+    tensor = node.meta.get("val")
+    return isinstance(tensor, torch.Tensor) and tensor.dtype == value.dtype and _same(tensor.shape, value.shape)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(
+        one == other if isinstance(one, int) and isinstance(other, int) else statically_known_true(one == other)
+        for one, other in zip(left, right, strict=True)
+    )
