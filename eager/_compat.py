@@ -20,6 +20,11 @@ def unseen() -> AbstractContextManager[None]:
     return _NOTHING_TO_HIDE_FROM
 
 
+def compiler_at_work() -> bool:
+    """Whether what runs on this thread now is a compilation, not the program."""
+    return getattr(torch._guards._TLS, "tracing_context", None) is not None
+
+
 def top_mode(kind: TorchFunctionMode | TorchDispatchMode) -> object | None:
     """The mode on top of this thread's stack of modes of that kind."""
     if isinstance(kind, TorchFunctionMode):

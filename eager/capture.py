@@ -58,6 +58,8 @@ class EagerCapture:
             self._mode = ModeSwitch(
                 AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record)
             )
+        if self._mode is not None:
+            self._context.quiet = self._mode.passive
         self._borders = None if self._mode is None else Borders(self._mode)
         self._inside: dict[str, None] = {}
         """Modules inside compiled regions."""

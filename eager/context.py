@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -96,6 +98,8 @@ class Context:
     numbering: Numbering = field(default_factory=Numbering)
     running: RunningModules = field(default_factory=RunningModules)
     paths: Paths = field(default_factory=Paths)
+    quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Gives contexts in which compiled code runs: this capture's mode sees nothing there."""
     level: str = "mix"
     """What is captured: L0, L1, mix or L2."""
     on: bool = False

@@ -5,7 +5,8 @@ No torch function is patched, so functions that a program imported by name are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._compat import top_mode
+from ._compat import compiler_at_work, top_mode
 
 Record = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Records a call of a name and a function with its arguments: makes it, and returns what it returns."""
@@ -41,8 +42,9 @@ class ApiMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # In a compiled region this is traced; nothing of ours may end up in the compiled program.
-        if torch.compiler.is_compiling():
+        # In a compiled region this is traced, and nothing of ours may end up in the compiled program; what a compiler
+        # itself computes, as when a backward pass is compiled at its first run, is no part of the program.
+        if torch.compiler.is_compiling() or compiler_at_work():
             return func(*args, **(kwargs or {}))
         name = self._name(func) if self.active else None
         if name is not None:
@@ -70,7 +72,10 @@ def _inside(func: Callable[..., Any]) -> Callable[..., Any] | None:
     wrapped: Callable[..., Any] | None = getattr(func, "__wrapped__", None)
     if wrapped is not None:
         return wrapped
-    if not isinstance(func, FunctionType) or _NO_QUESTION.keys().isdisjoint(func.__code__.co_names):
+    if not isinstance(func, FunctionType):
+        return None
+    asked = _NO_QUESTION.keys() & set(func.__code__.co_names) & func.__globals__.keys()
+    if not asked:
         return None
     scope = {**func.__globals__, **_NO_QUESTION}
     copy = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
@@ -122,6 +127,15 @@ class ModeSwitch:
         if not self._entered:
             self.mode.__enter__()  # type: ignore[no-untyped-call]
             self._entered = True
+
+    @contextmanager
+    def passive(self) -> Iterator[None]:
+        """A context in which the mode sees nothing, wherever on the stack it stands."""
+        before, self.mode.active = self.mode.active, False
+        try:
+            yield
+        finally:
+            self.mode.active = before
 
     def turn_off(self) -> None:
         self.mode.active = False

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._dynamo.backends import registry
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import InvalidBackend, TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch.autograd.graph import Node
 from torch.nn.modules import module
 
 
@@ -75,3 +77,13 @@ def registered_backend(name: str) -> Callable[..., Any] | None:
         return registry.lookup_backend(name)
     except InvalidBackend:
         return None
+
+
+def compiled_node(output: Any) -> Node | None:
+    """The autograd node that runs the backward pass of the compiled graph that returned `output`; None for an output
+    that needs no gradient."""
+    node = output.grad_fn if isinstance(output, torch.Tensor) else None
+    while node is not None and node.name() != "CompiledFunctionBackward":
+        # An output that is a view of another one hangs on it by nodes of its own.
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+    return node

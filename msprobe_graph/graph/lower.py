@@ -19,7 +19,7 @@ from .handoff import hand_on
 from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
-from .plan import Plan, refs
+from .plan import Plan, gradient_id, node_of, refs, value_id
 from .region import Region
 from .stamps import Wanted, stamp, values
 
@@ -47,7 +47,7 @@ def lower(
     wants_api = selection.may_want_api if apis else lambda name: False
     plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
     stamp(module)
-    wanted = _wanted(plan, values(module.graph))
+    wanted = _wanted(plan, values(module.graph), selection.backward)
     if not plan.calls:
         return Region(plan, hand_on(module, inputs, {}, (), "", options).call, running)
     in_full = _in_full(plan, wanted, options)
@@ -55,12 +55,15 @@ def lower(
     return Region(plan, compiled.call, running, compiled.remarks)
 
 
-def _wanted(plan: Plan, known: dict[int, Wanted]) -> dict[int, Wanted]:
+def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, Wanted]:
     """The values to tap. The graph's inputs and outputs need none: they are read where they come in and go out."""
-    wanted = {}
-    for ref in plan.values:
-        if ref in known and ref not in plan.inputs and ref not in plan.outputs:
-            wanted[ref] = known[ref]
+    outside = plan.inputs.keys() | plan.outputs.keys()
+    wanted = {ref: known[ref] for ref in plan.values if ref in known and ref not in outside}
+    if backward:
+        for call in plan.calls:
+            for ref in refs([call.given, call.gives]):
+                if ref.told and value_id(node_of(ref.id)) in known:
+                    wanted[ref.id] = known[value_id(node_of(ref.id))]
     return wanted
 
 
@@ -74,7 +77,8 @@ def _in_full(plan: Plan, wanted: dict[int, Wanted], options: GraphOptions) -> se
     for call in plan.calls:
         path = call.place.path if call.place is not None else ""
         if any(path == name or path.startswith(f"{name}.") for name in chosen):
-            found.update(ref.id for ref in refs([call.args, call.kwargs, call.output]))
+            for ref in refs([call.args, call.kwargs, call.output]):
+                found.update((ref.id, gradient_id(ref.id)))
     return found & wanted.keys()
 
 

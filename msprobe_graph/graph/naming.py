@@ -21,7 +21,7 @@ from msprobe_graph.dump.records import Frame
 
 from ._compat import source
 from .marks import OTHER, Mark, Seen
-from .plan import Call, Place, Plan, Ref, Value, value_id
+from .plan import Call, Place, Plan, Ref, Value, gradient_id, node_of, refs, value_id
 
 NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
 
@@ -60,6 +60,9 @@ class _Naming:
         self._values: dict[int, Value] = {}
         self._calls: list[Call] = []
         self._running: list[int] = []
+        self._positions = {node: position for position, node in enumerate(self._inner)}
+        self._entered: dict[int, int] = {}
+        """By module call: the position of its first node."""
         self._time = 0
 
     def plan(self, marks: Sequence[Mark] | None) -> Plan:
@@ -94,12 +97,30 @@ class _Naming:
             key, expression, cls = mark.module
             inside = self._running[-1] if self._running else None
             self._running.append(len(self._calls))
+            self._entered[len(self._calls)] = mark.at
             self._calls.append(Call("module", cls, self._place(key, expression), self._now(), 0, inside=inside))
             return
-        call = self._calls[self._running.pop()]
+        index = self._running.pop()
+        call = self._calls[index]
         call.end = self._now()
         args, kwargs, outputs = mark.returned
         call.args, call.kwargs, call.output = self._nest(list(args)), self._nest(dict(kwargs)), self._nest(outputs)
+        own = range(self._entered[index], mark.at)
+        call.given = self._gradients(call.output, lambda at: at not in own)
+        call.gives = self._gradients([call.args, call.kwargs], own.__contains__)
+
+    def _gradients(self, nest: Any, proper: Callable[[int], bool]) -> list[Ref | None]:
+        """The gradients of the values in `nest`. Of one that has uses at other than `proper` positions, the gradient
+        can't be told."""
+        found: set[int] = set()
+        gradients: list[Ref | None] = []
+        for ref in refs(nest):
+            users = [user for user in self._nodes[node_of(ref.id)].users if user in self._positions]
+            told = all(proper(self._positions[user]) for user in users)
+            wanted = self._values[ref.id].requires_grad and ref.id not in found
+            gradients.append(Ref(gradient_id(ref.id), told) if wanted else None)
+            found.add(ref.id)
+        return gradients
 
     def _function_call(self, node: fx.Node) -> None:
         name = api_name(node, self._operators)
@@ -107,6 +128,7 @@ class _Naming:
             return
         args, kwargs = self._operators.as_written(name, node.args, node.kwargs)
         now = self._now()
+        output = self._outputs(node)
         self._calls.append(
             Call(
                 "api",
@@ -116,9 +138,10 @@ class _Naming:
                 now,
                 self._nest(list(args)),
                 self._nest(dict(kwargs)),
-                self._outputs(node),
+                output,
                 self._running[-1] if self._running else None,
-                frames(node.meta.get("stack_trace")),
+                self._gradients(output, lambda at: True)[:1],
+                stack=frames(node.meta.get("stack_trace")),
             )
         )
 

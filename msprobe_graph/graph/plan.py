@@ -32,10 +32,17 @@ class Ref(msgspec.Struct, frozen=True):
     """
 
     id: int
+    told: bool = True
+    """False: of a gradient, that it can't be told from the gradient that the rest of the program gives."""
 
 
 def value_id(index: int) -> int:
     return 2 * index
+
+
+def node_of(id: int) -> int:
+    """The index of the node that the value, or gradient, of that id belongs to."""
+    return id // 2
 
 
 def gradient_id(value: int) -> int:
@@ -77,6 +84,10 @@ class Call(msgspec.Struct):
     output: list[Any] = []
     inside: int | None = None
     """The module call in which this one was made, as an index into the plan's calls."""
+    given: list[Ref | None] = []
+    """For the backward entry: the gradient of each tensor among the outputs, None for one that has none."""
+    gives: list[Ref | None] = []
+    """The same for the tensors among the inputs. Of modules only."""
     stack: tuple[Frame, ...] = ()
     """Innermost frame first; of functions only."""
 

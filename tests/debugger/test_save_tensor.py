@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -29,6 +28,12 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """tmp_path for f-strings: dynamo folds only those of strings and numbers."""
+    return str(tmp_path)
 
 
 def saved(path: Path) -> list[torch.Tensor]:
@@ -132,10 +137,10 @@ def firsts(tensors: list[torch.Tensor], calls: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_order_on_one_path_is_that_of_the_program(tmp_path: Path, backend: str) -> None:
+def test_order_on_one_path_is_that_of_the_program(tmp_path: Path, folder: str, backend: str) -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         for factor in range(8):
-            acl_save((x * factor).sum(0 if factor % 2 else 1), f"{tmp_path}/x")
+            acl_save((x * factor).sum(0 if factor % 2 else 1), f"{folder}/x")
         return x.sin()
 
     torch.compile(model, backend=backend, fullgraph=True)(torch.ones(4, 4))
@@ -143,11 +148,11 @@ def test_order_on_one_path_is_that_of_the_program(tmp_path: Path, backend: str) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_input_is_saved_before_it_is_changed_in_place(tmp_path: Path, backend: str) -> None:
+def test_an_input_is_saved_before_it_is_changed_in_place(tmp_path: Path, folder: str, backend: str) -> None:
     def model(x: torch.Tensor) -> None:
-        acl_save(x, f"{tmp_path}/x")
+        acl_save(x, f"{folder}/x")
         x.mul_(2)
-        acl_save(x, f"{tmp_path}/x")
+        acl_save(x, f"{folder}/x")
 
     x = torch.ones(4)
     torch.compile(model, backend=backend, fullgraph=True)(x)
@@ -156,8 +161,8 @@ def test_an_input_is_saved_before_it_is_changed_in_place(tmp_path: Path, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_graph_that_does_nothing_but_save(tmp_path: Path, backend: str) -> None:
-    compiled = torch.compile(lambda x: acl_save(x, f"{tmp_path}/x"), backend=backend, fullgraph=True)
+def test_a_graph_that_does_nothing_but_save(tmp_path: Path, folder: str, backend: str) -> None:
+    compiled = torch.compile(lambda x: acl_save(x, f"{folder}/x"), backend=backend, fullgraph=True)
     x = torch.randn(3)
     assert torch.equal(compiled(x), x)
     (found,) = saved(tmp_path / "x")
@@ -165,10 +170,10 @@ def test_a_graph_that_does_nothing_but_save(tmp_path: Path, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_gradients_can_be_saved_in_hooks(tmp_path: Path, backend: str) -> None:
+def test_gradients_can_be_saved_in_hooks(tmp_path: Path, folder: str, backend: str) -> None:
     def loss(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
-        y.register_hook(lambda gradient: acl_save(gradient, f"{tmp_path}/gradient"))
+        y.register_hook(lambda gradient: acl_save(gradient, f"{folder}/gradient"))
         return (y * torch.arange(3.0)).sum()
 
     torch.compile(loss, backend=backend, fullgraph=True)(torch.randn(3, requires_grad=True)).backward()
@@ -183,7 +188,6 @@ def test_it_returns_its_input(tmp_path: Path) -> None:
     assert x.grad is not None
     assert x.grad.tolist() == [2, 2, 2]
     assert acl_save is save_tensor
-    assert "recompute" in inspect.getdoc(acl_save) or "computed again" in (inspect.getdoc(acl_save) or "")
 
 
 def test_it_can_be_reached_through_the_package(tmp_path: Path) -> None:
@@ -192,9 +196,9 @@ def test_it_can_be_reached_through_the_package(tmp_path: Path) -> None:
     assert len(saved(tmp_path / "x")) == 1
 
 
-def test_numbering_goes_on_between_eager_compiled_and_recompiled_code(tmp_path: Path) -> None:
+def test_numbering_goes_on_between_eager_compiled_and_recompiled_code(tmp_path: Path, folder: str) -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
-        return acl_save(x * 2, f"{tmp_path}/x")
+        return acl_save(x * 2, f"{folder}/x")
 
     compiled = torch.compile(double, backend="inductor", dynamic=False)
     for rows, call in enumerate([double, compiled, compiled, double, compiled], start=1):
@@ -202,8 +206,8 @@ def test_numbering_goes_on_between_eager_compiled_and_recompiled_code(tmp_path: 
     assert [len(tensor) for tensor in saved(tmp_path / "x")] == [1, 2, 3, 4, 5]
 
 
-def test_compiled_code_on_two_threads(tmp_path: Path) -> None:
-    compiled = torch.compile(lambda x: acl_save(x + 1, f"{tmp_path}/x"), backend="inductor", fullgraph=True)
+def test_compiled_code_on_two_threads(tmp_path: Path, folder: str) -> None:
+    compiled = torch.compile(lambda x: acl_save(x + 1, f"{folder}/x"), backend="inductor", fullgraph=True)
     compiled(torch.zeros(2))
     threads = [
         threading.Thread(target=lambda base=base: [compiled(torch.full((2,), base + n)) for n in range(20)])
@@ -219,12 +223,12 @@ def test_compiled_code_on_two_threads(tmp_path: Path) -> None:
     assert [value for value in values if value > 200] == [201.0 + n for n in range(20)]
 
 
-def test_paths_may_be_built_in_compiled_code(tmp_path: Path) -> None:
+def test_paths_may_be_built_in_compiled_code(tmp_path: Path, folder: str) -> None:
     class Model(nn.Module):
         step = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return acl_save(x.sin(), f"{tmp_path}/step{self.step}/rank{torch.distributed.get_rank()}/rows{x.shape[0]}")
+            return acl_save(x.sin(), f"{folder}/step{self.step}/rank{torch.distributed.get_rank()}/rows{x.shape[0]}")
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -237,6 +241,12 @@ def test_paths_may_be_built_in_compiled_code(tmp_path: Path) -> None:
     flush()
     files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.pt"))
     assert files == [f"step{step}/rank0/rows{step + 2}_0.pt" for step in range(3)]
+
+
+def test_a_path_that_dynamo_cannot_build_breaks_the_graph_and_is_saved(tmp_path: Path) -> None:
+    compiled = torch.compile(lambda x: acl_save(x * 2, f"{tmp_path}/x") + 1, backend="aot_eager")
+    assert compiled(torch.ones(1)).item() == 3
+    assert [tensor.item() for tensor in saved(tmp_path / "x")] == [2]
 
 
 def test_what_is_wrong_is_said_at_the_first_eager_call(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Many architectures, eager against compiled: ``python tests/sweeps/sweep.py [--dtype bfloat16] [--fidelity full] [NAME ...]``.
 
-Needs ``pip install msprobe-graph[sweep]``, downloads nothing, and takes about 15 minutes on two cores for all of them,
-less when Inductor's cache folder holds the C++ functions of an earlier sweep. A row for each architecture::
+Needs ``pip install msprobe-graph[sweep]``, downloads nothing, and takes about 20 minutes on two cores for all of them,
+half of it in the C++ compiler: with --cache a second sweep finds its work done. A row for each architecture::
 
            outputs      graphs    breaks  L0            L1              worst error  compile
     -----  ---------  --------  --------  ------------  ------------  -------------  -----------
@@ -38,6 +38,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 
 from agreement import Coverage
 from architectures import ARCHITECTURES
@@ -52,15 +53,22 @@ EXAMINE = Path(__file__).with_name("examine.py")
 HEAD = ["", "outputs", "graphs", "breaks", "L0", "L1", "worst error", "compile"]
 
 
-def examine(name: str, options: argparse.Namespace) -> Report:
-    """What a process of its own reports of one architecture."""
+def examine(name: str, options: argparse.Namespace, cache: Path) -> Report:
+    """What a process of its own reports of one architecture. No two at a time may have the same folder as their cache:
+    Inductor loads C++ functions that another process is still writing."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
         command = [sys.executable, str(EXAMINE), name, str(file)]
         command += ["--dtype", options.dtype, "--threads", str(options.threads)]
         command += [] if options.untapped else ["--fidelity", options.fidelity]
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+            ended = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=options.timeout,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+            )
         except subprocess.TimeoutExpired:
             return Report(name, error=f"it took more than {options.timeout:g} s")
         if not file.exists():
@@ -143,6 +151,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each model (default: 1)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each architecture (default: 600)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="keep compiled C++ functions there for the next sweep"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all reports there, too")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in ARCHITECTURES]
@@ -151,8 +162,19 @@ def main() -> int:
 
     found: dict[str, list[str]] = {}
     reports = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for report in pool.map(lambda name: examine(name, options), options.names or ARCHITECTURES):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        caches: SimpleQueue[Path] = SimpleQueue()
+        for number in range(options.jobs):
+            caches.put((options.cache or Path(folder)).absolute() / str(number))
+
+        def examine_next(name: str) -> Report:
+            cache = caches.get()
+            try:
+                return examine(name, options, cache)
+            finally:
+                caches.put(cache)
+
+        for report in pool.map(examine_next, options.names or ARCHITECTURES):
             reports.append(report)
             found[report.name] = list(violations(report, options.dtype, options.fidelity))
             print(f"{report.name}: {'; '.join(found[report.name]) or 'ok'}", file=sys.stderr, flush=True)
