@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -63,3 +64,12 @@ def leave_to_python(*modules: str) -> None:
 
     for module in modules:
         trace_rules.add(module)
+
+
+def around_compilations(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """From now on, call `begin` before dynamo traces the first of the frames that it compiles in one go, and `end` when
+    it is done with them, in whatever way."""
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(lambda _: begin())
+    callback_handler.register_end_callback(lambda _: end())

@@ -13,15 +13,16 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.recorder import Recorder
 
+from ._compat import compiler_at_work
 from .backward import Backward
 from .call_stacks import CallStacks
 from .calls import Calls
 from .compiled import Borders, survey
 from .context import Context
 from .fused import has_fused_path
-from .in_trace import hide_hooks
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks
+from .unhooked import keep_out_of_compilations
 
 COMPILED = "it runs inside a compiled region, which eager capture leaves as it is"
 UNFUSED = (
@@ -65,6 +66,7 @@ class EagerCapture:
         """Modules inside compiled regions."""
         self._expected: list[str] = []
         """Modules that should have an entry in every step, as their entries' names begin."""
+        self._met_dynamo = False
         self._unfused: list[str] = []
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
@@ -80,11 +82,13 @@ class EagerCapture:
         if not new:
             return
         self._watched.update(new.values())
-        hide_hooks()
+        self.meet_dynamo()
         self._context.paths.add(new)
         for prefix, model in new.items():
             modules, borders = survey(model, prefix)
             self._hooks.install(modules)
+            if compiler_at_work():  # a backend asks for it: the hooks come when dynamo has ended
+                self._hooks.take_away()
             for border in borders:
                 self._inside.update(dict.fromkeys(border.inside))
                 if self._borders is not None:
@@ -92,6 +96,10 @@ class EagerCapture:
         self._unfused = [tap.prefix for module, tap in self._hooks.taps.items() if has_fused_path(module)]
         wanted = self._context.selection.may_want_module
         self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
+
+    def meet_dynamo(self) -> None:
+        """To be called when dynamo may have been imported since."""
+        self._met_dynamo = self._met_dynamo or keep_out_of_compilations(self._hooks)
 
     def start(self) -> None:
         self._context.on = True

@@ -117,28 +117,38 @@ class ModuleHooks:
         self._backward = backward
         self.records = records
         self._handles: list[RemovableHandle] = []
-
-    def tap(self, path: str, module: nn.Module) -> ModuleTap:
-        """A tap for `module`, without hooks yet."""
-        tap = self.taps[module] = ModuleTap(self._context, self._backward, path, type(module).__name__, self.records)
-        return tap
+        self._gradient_hooks: list[RemovableHandle] = []
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Hook each of `modules`, given by qualified name, that isn't hooked yet."""
         for path, module in modules.items():
             if module in self.taps:
                 continue
-            tap = self.tap(path, module)
-            self._handles.append(module.register_forward_pre_hook(tap.enter, with_kwargs=True))
-            self._handles.append(
-                module.register_forward_hook(tap.leave, prepend=True, with_kwargs=True, always_call=True)
-            )
+            cls = type(module).__name__
+            tap = self.taps[module] = ModuleTap(self._context, self._backward, path, cls, self.records)
+            self._hook(module, tap)
             if self.records and self._context.selection.backward:
-                self._handles.extend(self._backward.parameter_hooks(path, type(module).__name__, module))
+                self._gradient_hooks.extend(self._backward.parameter_hooks(path, cls, module))
 
-    def remove(self) -> None:
-        """Leave every module as it was found."""
+    def take_away(self) -> None:
+        """Take the hooks off the modules until `put_back`; those on gradients stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def put_back(self) -> None:
+        if not self._handles:
+            for module, tap in self.taps.items():
+                self._hook(module, tap)
+
+    def remove(self) -> None:
+        """Leave every module as it was found."""
+        self.take_away()
+        for handle in self._gradient_hooks:
+            handle.remove()
+        self._gradient_hooks.clear()
         self.taps.clear()
+
+    def _hook(self, module: nn.Module, tap: ModuleTap) -> None:
+        self._handles.append(module.register_forward_pre_hook(tap.enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(tap.leave, prepend=True, with_kwargs=True, always_call=True))

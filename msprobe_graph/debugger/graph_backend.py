@@ -9,7 +9,6 @@ from torch import fx
 
 from msprobe_graph.config import ConfigError, load_settings
 from msprobe_graph.eager.context import Context
-from msprobe_graph.eager.in_trace import hide_hooks
 from msprobe_graph.graph._compat import module_calls
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions, graph_options
@@ -38,16 +37,15 @@ def msprobe_backend(
     "config.json"})``. `options`: see GraphOptions; what is not listed there is the inner backend's. Raises ConfigError,
     one sentence, for a wrong option and where neither says what to capture.
     """
-    hide_hooks()
     asked = graph_options(options, mode)
     if asked.config_path is None:
-        session = sessions.latest(Session)
-        if session is None:
+        open_sessions = sessions.opened(Session)
+        if not open_sessions:
             raise ConfigError(
                 "backend msprobe does not know what to capture: create a PrecisionDebugger before the first call, or "
                 'pass torch.compile(..., options={"config_path": ...})'
             )
-        running = _capturing
+        session, running = open_sessions[0], _capturing
     else:
         session = _session_of(asked)
         running = session.context
@@ -56,16 +54,23 @@ def msprobe_backend(
 
 def _capturing() -> Context | None:
     """What the debugger that was started last captures with, now."""
-    session = sessions.latest(Session, lambda session: session.capturing)
-    return None if session is None else session.context()
+    return next((session.context() for session in sessions.opened(Session) if session.debugged and session.capturing), None)
 
 
 def _session_of(options: GraphOptions) -> Session:
     """The capture that an options["config_path"] stands for: one for all graphs that name the same."""
     settings = load_settings(options.config_path)
-    known = sessions.latest(Session, lambda session: session.settings == settings and not session.debugged)
-    if known is None:
-        known = Session(settings, debugged=False)
-    outermost = module_calls()[-1:]
-    known.follow({"": module for module in outermost})
-    return known
+    alike = (each for each in sessions.opened(Session) if not each.debugged and each.settings == settings)
+    session = next(alike, None) or Session(settings, debugged=False)
+    session.follow({"": module for module in module_calls()[-1:]})
+    return session
+
+
+def _meet_dynamo() -> None:
+    """Captures that began before dynamo was imported, for this module at the latest, learn of it."""
+    for session in sessions.opened(Session):
+        if session.capture is not None:
+            session.capture.meet_dynamo()
+
+
+_meet_dynamo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 
@@ -32,9 +31,9 @@ def register(session: Session, dump_path: str) -> int:
     return nth
 
 
-def latest(kind: type[Kind], like: Callable[[Kind], bool] = lambda session: True) -> Kind | None:
-    """The session of that kind that was opened last, among those that `like` takes; None if there is none."""
-    return next((session for session in reversed(_open) if isinstance(session, kind) and like(session)), None)
+def opened(kind: type[Kind]) -> list[Kind]:
+    """The sessions of that kind, the one that was opened last first."""
+    return [session for session in reversed(_open) if isinstance(session, kind)]
 
 
 def flush() -> None:

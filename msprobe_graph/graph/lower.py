@@ -49,7 +49,7 @@ def lower(
     stamp(module)
     wanted = _wanted(plan, values(module.graph), selection.backward)
     if not plan.calls:
-        return Region(plan, hand_on(module, inputs, {}, (), "", options).call, running)
+        return hand_on(module, inputs, {}, (), "", options).call
     in_full = _in_full(plan, wanted, options)
     compiled = hand_on(module, inputs, wanted, in_full, _digest(wanted, in_full), options)
     return Region(plan, compiled.call, running, compiled.remarks)
