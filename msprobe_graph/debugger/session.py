@@ -201,7 +201,6 @@ class Session:
         rank = self._process_rank()
         provenance = Provenance(
             process=f"proc{os.getpid()}" if rank is None else f"rank{rank}",
-            mode="eager",
             device=_device(models.values()),
             package=__version__,
             model=", ".join(type(model).__name__ for model in models.values()) or None,

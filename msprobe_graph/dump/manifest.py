@@ -6,7 +6,13 @@
      "package": "0.1.0", "torch": "2.13.0+cpu", "model": "Qwen2ForCausalLM", "config": {"task": "statistics", ...},
      "entries": 212, "sites": {"expected": 40, "captured": 38},
      "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
-     "requests": [{"request": "cmpl-1", "begin": 0, "end": 12}]}
+     "requests": [{"request": "cmpl-1", "begin": 0, "end": 12}], "graphs": []}
+
+Where compiled graphs ran, "mode" is "graph" and "graphs" tells of each what compiled it and, if this process has compiled
+it, the scheduler's nodes before and after the taps came in::
+
+    {"inner": "inductor", "fidelity": "exact", "calls": 40, "compiled": [{"pass": "inference", "tapped": 31,
+     "nodes_before": ["op0_op1", "op2", ...], "nodes_after": ["op0_op1", "op2", "tap", ...]}]}
 """
 
 from __future__ import annotations
@@ -26,8 +32,6 @@ class Provenance(msgspec.Struct):
 
     process: str
     """``rank<R>`` or ``proc<PID>``."""
-    mode: str
-    """"eager", or the name of the graph backend."""
     device: str
     package: str
     model: str | None
@@ -43,7 +47,8 @@ def manifest(provenance: Provenance, step: Step) -> bytes:
             "schema_version": SCHEMA_VERSION,
             "status": "finished" if step.finished else "unfinished",
             "step": step.number,
-            **{name: getattr(provenance, name) for name in ("process", "run", "mode", "device", "package")},
+            "mode": "graph" if step.graphs else "eager",
+            **{name: getattr(provenance, name) for name in ("process", "run", "device", "package")},
             "torch": str(torch.__version__),
             "model": provenance.model,
             "config": provenance.config,
@@ -51,5 +56,6 @@ def manifest(provenance: Provenance, step: Step) -> bytes:
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,
             "requests": step.requests,
+            "graphs": step.graphs,
         }
     )

@@ -140,6 +140,8 @@ class Step(msgspec.Struct):
     """The records that this step has measured, by row."""
     holes: list[Hole] = []
     requests: list[Request] = []
+    graphs: list[dict[str, Any]] = []
+    """The compiled graphs that ran in this step: what compiled them, and what the taps changed."""
     saved: dict[str, Any] = {}
     """What PrecisionDebugger.save() was given (level "debug"), by name: written to debug.json."""
     expected: int = 0

@@ -10,6 +10,7 @@ from torch import fx
 from msprobe_graph.config import ConfigError
 
 from ._compat import registered_backend
+from .exact import Report
 from .full import FullPass
 from .options import GraphOptions
 from .stamps import Wanted
@@ -27,6 +28,8 @@ class Compiled(NamedTuple):
     call: Callable[..., Any]
     remarks: Sequence[str] = ()
     """For the manifest."""
+    reports: Sequence[Report] = ()
+    """What the taps did to each program that this process has compiled of it; a backward pass comes later."""
 
 
 def hand_on(
@@ -47,7 +50,7 @@ def hand_on(
     if inner == "inductor":
         from .inductor import compile_with_taps
 
-        return Compiled(compile_with_taps(module, inputs, wanted, in_full, digest, options))
+        return compile_with_taps(module, inputs, wanted, in_full, digest, options)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
     if backend is None:
         raise ConfigError(f"backend msprobe: the option inner is {inner!r}, which is not in torch.compiler.list_backends()")

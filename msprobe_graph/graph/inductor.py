@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from msprobe_graph.config import ConfigError
 
 from .exact import ExactPass
 from .full import FullPass
+from .handoff import Compiled
 from .options import GraphOptions
 from .stamps import Wanted
 
@@ -25,20 +26,18 @@ def compile_with_taps(
     in_full: Collection[int],
     digest: str,
     options: GraphOptions,
-) -> Callable[..., Any]:
+) -> Compiled:
     """See `handoff.hand_on`."""
     patches = inductor_config(options)
     exact = {ref: value for ref, value in wanted.items() if ref not in in_full}
     theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     chained = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
     patches["post_grad_custom_post_pass"] = FullPass(wanted, digest, in_full, chained)
-    patches["_post_fusion_custom_pass"] = ExactPass(
-        exact, digest, patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass)
-    )
+    tap = ExactPass(exact, digest, patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass))
+    patches["_post_fusion_custom_pass"] = tap
     # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
     # later.
-    compiled: Callable[..., Any] = compile_fx(module, inputs, config_patches=patches)
-    return compiled
+    return Compiled(compile_fx(module, inputs, config_patches=patches), reports=tap.reports)
 
 
 def inductor_config(options: GraphOptions) -> dict[str, Any]:

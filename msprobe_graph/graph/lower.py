@@ -52,7 +52,7 @@ def lower(
         return hand_on(module, inputs, {}, (), "", options).call
     in_full = _in_full(plan, wanted, options)
     compiled = hand_on(module, inputs, wanted, in_full, _digest(wanted, in_full), options)
-    return Region(plan, compiled.call, running, compiled.remarks)
+    return Region(plan, compiled, running, options)
 
 
 def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, Wanted]:

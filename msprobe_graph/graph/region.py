@@ -16,6 +16,8 @@ from msprobe_graph.eager.context import Context
 from ._compat import compiled_node
 from .entries import Entries
 from .exact import REASONS
+from .handoff import Compiled
+from .options import GraphOptions
 from .plan import Plan
 from .tap_op import invocations
 
@@ -25,19 +27,40 @@ SITE = "a compiled graph"
 class Region:
     """Calls what the inner backend made of a graph, and records the calls that the graph consists of.
 
-    `running` gives what captures now on this thread, or None: then the graph runs and nothing else happens. `remarks`
-    go into the manifest of every step in which the graph ran.
+    `running` gives what captures now on this thread, or None: then the graph runs and nothing else happens.
     """
 
     def __init__(
-        self, plan: Plan, compiled: Callable[..., Any], running: Callable[[], Context | None], remarks: Sequence[str]
+        self, plan: Plan, compiled: Compiled, running: Callable[[], Context | None], options: GraphOptions
     ) -> None:
         self.plan = plan
-        self.remarks = [*plan.holes, *remarks]
+        self.remarks = [*plan.holes, *compiled.remarks]
+        """For the manifest of every step in which the graph runs."""
         self.reasons: dict[int, str] = {}
         """Why values are missing, by id, as far as the first tap of a graph has told."""
-        self._compiled = compiled
+        self._compiled = compiled.call
+        self._reports = compiled.reports
         self._running = running
+        self._options = options
+
+    def description(self) -> dict[str, Any]:
+        """What the manifest tells of the graph: see `dump.manifest`."""
+        inner = self._options.inner
+        programs = [
+            {
+                "pass": report.graph,
+                "tapped": len(report.tapped),
+                "nodes_before": report.before,
+                "nodes_after": report.after,
+            }
+            for report in self._reports
+        ]
+        return {
+            "inner": inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner)),
+            "fidelity": self._options.fidelity,
+            "calls": len(self.plan.calls),
+            "compiled": programs,
+        }
 
     def __call__(self, *inputs: Any) -> Any:
         context = self._running()
@@ -85,7 +108,9 @@ class Invocation:
             for ref, position in self._region.plan.outputs.items():
                 self._entries.take(ref, outputs[position])
             self._entries.record_forward()
-        self._context.recorder.holes.extend(Hole(SITE, remark) for remark in self._region.remarks)
+        recorder = self._context.recorder
+        recorder.holes.extend(Hole(SITE, remark) for remark in self._region.remarks)
+        recorder.graphs[id(self._region)] = self._region.description
         if self._context.selection.backward and torch.is_grad_enabled():
             self._follow_backward(outputs)
 

@@ -7,7 +7,7 @@ was recorded; a value that was measured already in this step, and has not change
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -54,6 +54,8 @@ class Recorder:
         self.holes: list[Hole] = []
         self.saved: dict[str, Any] = {}
         self.requests: list[Request] = []
+        self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
+        """By id: what describes, when the step is over, a compiled graph that ran in it."""
 
     def as_step(
         self, finished: bool, expected: int, captured: int, late: Sequence[Entry], holes: Sequence[Hole]
@@ -66,6 +68,7 @@ class Recorder:
             records=dict(self._records),
             holes=[*self.holes, *holes],
             requests=list(self.requests),
+            graphs=[describe_graph() for describe_graph in self.graphs.values()],
             saved=dict(self.saved),
             expected=expected,
             captured=captured,

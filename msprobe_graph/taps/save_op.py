@@ -2,9 +2,8 @@
 
 It reads the values of `x` when it runs and hands them to `files`, which writes them as the next file of `path`. It
 returns nothing (an operator must not return its input) and claims no mutation, so the values, their gradients and what
-autograd keeps are the same with it and without. As an ordered effect it is neither dropped nor reordered against other
-saves by any compiler pass, and it survives the partitioner where an operator that merely counts as impure is refused
-(a graph with activation checkpointing under backend="cudagraphs").
+autograd keeps are the same with it and without. It counts as a side effect, so no compiler pass drops it. (Registered as
+an ordered effect it would keep graphs out of Inductor's caches, and its calls would still change places.)
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import os
 from functools import cache
 
 import torch
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op  # private; tested with torch 2.13
+from torch.fx.node import has_side_effect
 
 from msprobe_graph.dump.tensor_files import Host, TensorFiles
+
+from ._inductor import keep_order
 
 log = logging.getLogger("msprobe_graph")
 
@@ -82,12 +83,13 @@ def _check(x: torch.Tensor, path: str) -> None:
     """What a compiler runs in place of _save while it traces: the time at which errors are still the user's to see."""
     refuse(x)
     files.expect(path)
+    keep_order(SAVE)
 
 
 def _save_batch(info: object, in_dims: tuple[int | None, None], x: torch.Tensor, path: str) -> tuple[None, None]:
     """Under torch.func.vmap: the whole batch is one file, the batch's dimension in front."""
     batch = in_dims[0]
-    torch.ops.msprobe_graph.save.default(x if batch is None else x.movedim(batch, 0), path)
+    SAVE(x if batch is None else x.movedim(batch, 0), path)
     return None, None
 
 
@@ -98,4 +100,5 @@ torch.library.impl(_NAME, "CompositeExplicitAutograd", _save)
 torch.library.impl(_NAME, "Autograd", torch.library.fallthrough_kernel)
 torch.library.register_fake(_NAME, _check)
 torch.library.register_vmap(_NAME, _save_batch)
-_register_effectful_op(torch.ops.msprobe_graph.save.default, _EffectType.ORDERED)
+SAVE: torch._ops.OpOverload = torch.ops.msprobe_graph.save.default
+has_side_effect(SAVE)

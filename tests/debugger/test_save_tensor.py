@@ -109,6 +109,10 @@ def test_compiled_saves_what_eager_does(tmp_path: Path, backend: str, mode: str)
             return model(x) if mode != "checkpoint" else checkpoint(model, x, use_reentrant=False)
 
         compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=mode == "dynamic")
+        if (backend, mode, model) == ("cudagraphs", "checkpoint", tapped):  # torch's partitioner of this backend
+            with pytest.raises(RuntimeError, match="AC on a graph with impure op: save, msprobe_graph.save"):
+                run(compiled, "training")
+            return
         outputs.append(run(compiled, "training" if mode == "checkpoint" else mode))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
     for ours, theirs in zip(tapped.parameters(), plain.parameters(), strict=True):
@@ -118,20 +122,19 @@ def test_compiled_saves_what_eager_does(tmp_path: Path, backend: str, mode: str)
     for name in NAMES:
         expected, found = saved(tmp_path / "eager" / name), saved(tmp_path / "compiled" / name)
         calls = 6 if name == "scratch" else 3
-        if mode == "checkpoint":  # recomputed in the backward, where it stops at the last value that is needed
+        if mode == "checkpoint":
+            # Recomputed in the backward, which in eager code stops at the last value that is needed.
             assert len(expected) == (calls if name == "out" else 2 * calls)
-            if backend != "eager":
-                expected = firsts(expected, calls)
-        else:
-            assert len(expected) == calls
-        assert len(found) == len(expected)
+            assert len(found) == (2 * calls if backend == "eager" else calls)
+            expected, found = firsts(expected, calls), firsts(found, calls)
+        assert len(found) == len(expected) == calls
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
     flush()
 
 
 def firsts(tensors: list[torch.Tensor], calls: int) -> list[torch.Tensor]:
-    """Of what eager checkpointing saved in three steps, each step's forward and then its recomputation: the forwards'."""
+    """Of what three steps saved, each in its forward and then perhaps in its recomputation: the forwards' `calls`."""
     step, each = calls // 3, len(tensors) // 3
     return [tensor for at in range(3) for tensor in tensors[at * each : at * each + step]]
 
@@ -344,10 +347,9 @@ if __name__ == "__main__":
     assert len(saved(tmp_path / "parent" / "x")) == 1
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_warm_caches_save_as_cold_ones_do(tmp_path: Path, train: bool) -> None:
+def test_warm_caches_save_as_cold_ones_do(tmp_path: Path) -> None:
     """The second process takes its code from the caches of the first, and writes into its own working folder."""
-    script = f"""
+    script = """
 import torch
 from torch._dynamo.utils import counters
 from msprobe_graph import acl_save
@@ -357,20 +359,21 @@ def call(x):
     y = acl_save(model(x).relu(), "hidden")
     return acl_save(y.sum(), "sum")
 compiled = torch.compile(call, fullgraph=True)
-for _ in range(2):
-    out = compiled(torch.ones(2, 4))
-    if {train}: out.backward()
-    else: out.detach()
+compiled(torch.ones(2, 4)).backward()
+with torch.no_grad():
+    compiled(torch.zeros(2, 4))
+    compiled(torch.ones(2, 4))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """
     hits = []
     for folder in ("cold", "warm"):
-        cache = str(tmp_path / "cache")
-        done = python(script, tmp_path / folder, TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_FX_GRAPH_CACHE="1")
+        done = python(script, tmp_path / folder, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
         hits.append([int(count) for count in done.stdout.split()])
     assert hits[0] == [0, 0]
-    assert max(hits[1]) >= 1
+    assert min(hits[1]) >= 1
     for name in ("hidden", "sum"):
         cold, warm = saved(tmp_path / "cold" / name), saved(tmp_path / "warm" / name)
-        assert len(cold) == len(warm) == 2
+        assert len(cold) == len(warm) == 3
         assert all(torch.equal(*pair) for pair in zip(cold, warm, strict=True))
+        assert torch.equal(cold[0], cold[2])
+        assert not torch.equal(cold[0], cold[1])

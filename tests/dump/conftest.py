@@ -41,7 +41,6 @@ def new_writer(tmp_path: Path) -> Iterator[NewWriter]:
         dump_path.mkdir(exist_ok=True)
         told = {
             "process": "rank0",
-            "mode": "eager",
             "device": "cpu",
             "package": "0",
             "model": "Model",

@@ -1,0 +1,212 @@
+"""The entries of a compiled run are those of the eager run: names, order, arguments, statistics."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conftest import Apply, Both, Capture, Net, differences, modules
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.arange(1.0, 1.0 + torch.Size(shape).numel()).reshape(shape)
+
+
+def in_place(x: Tensor) -> Tensor:
+    x = x * 2
+    x.add_(1)
+    x += 3
+    x[:, 0] = 0.5
+    x[1:] *= 2
+    return F.relu(x, inplace=True)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "operators": lambda x: (x + x) * 2 - x / 3,
+    "reflected operators": lambda x: 1 - x + 2 * x / (1 + x) ** 2,
+    "power of a number": lambda x: 2**x,
+    "matmul and T": lambda x: x @ x.T,
+    "negation and abs": lambda x: abs(-x),
+    "floor and remainder": lambda x: x // 2 + x % 2,
+    "comparisons": lambda x: ((x > 1) & (x <= 5)) | ~(x == 3) ^ (x != 2),
+    "shift": lambda x: x.to(torch.int64) << 1,
+    "getitem": lambda x: x[0] + x[1:, None, ..., ::2].sum() + x[:, [0, 1]].sum(),
+    "mask": lambda x: torch.where(x > 2, x, 0.0),
+    "split": lambda x: [part * 2 for part in x.split(2, dim=1)],
+    "split, one part used": lambda x: x.split([1, 3], dim=1)[1] * 2,
+    "unbind": lambda x: [row + 1 for row in x.unbind(0)],
+    "chunk": lambda x: torch.chunk(x, 2, dim=-1)[0] + 1,
+    "topk": lambda x: x.topk(2)[0],
+    "max over a dimension": lambda x: x.max(dim=1).values,
+    "sort by name": lambda x: torch.sort(x, descending=True).indices,
+    "keywords": lambda x: torch.add(input=x, other=x, alpha=2),
+    "a number before a tensor": lambda x: torch.where(x > 1, 2.0, x),
+    "softmax with dtype": lambda x: F.softmax(x, dim=-1, dtype=torch.float64),
+    "cat of a list": lambda x: torch.cat([x, x * 2], dim=1),
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
+    "types": lambda x: x.to(torch.bfloat16).float().type_as(x),
+    "views": lambda x: x.view(-1).reshape(2, -1).transpose(0, 1).contiguous().unsqueeze(0).expand(2, -1, -1),
+    "factories": lambda x: x + torch.ones(4) + torch.zeros_like(x) + torch.full((4,), 2.0),
+    "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True),
+    "in place": in_place,
+    "out of nothing": lambda x: torch.arange(4) + 1,
+    "not a number": lambda x: torch.log(-x) * 0,
+    "nothing at all": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_the_entries_of_eager(both: Both, name: str) -> None:
+    model = Apply(FUNCTIONS[name])
+    eager, compiled = both(model, lambda run: run(ones(3, 4)))
+    assert differences(eager, compiled) == []
+    assert "Module.Apply.forward.0" in compiled.data
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+def test_a_network_has_the_entries_of_eager(both: Both, level: str) -> None:
+    eager, compiled = both(Net().eval(), lambda run: run(ones(2, 4, 8)), level=level)
+    assert differences(eager, compiled) == []
+    assert len(modules(compiled)) == (0 if level == "L1" else 10)
+    assert ("Functional.linear.4.forward" in compiled.data) == (level != "L0")
+
+
+class Arguments(nn.Module):
+    """Everything that a module may be given and may return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = Apply(lambda x: None)
+        self.nest = Apply(lambda x, y: {"a": x + 1, "b": [y, (x, 2)], "c": None})
+        self.pair = Apply(lambda pair, flag: Pair(pair.left * 2, pair.right))
+        self.plain = Apply(lambda n, x, *rest, **options: x * n)
+        self.several = Apply(lambda x: (x, None, 3, x + 1))
+        self.list = Apply(lambda xs: [x + 1 for x in xs])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        self.none(x)
+        nest = self.nest(x, y=x * 2)
+        pair = self.pair(Pair(x, nest["a"]), flag=True)
+        plain = self.plain(2, x, None, "text", torch.float16, slice(0, 2), x.shape, mask=mask, device=x.device)
+        return self.several(pair.left + plain), self.list([x, nest["b"][0]])
+
+
+def test_arguments_and_outputs_of_modules(both: Both) -> None:
+    eager, compiled = both(Arguments(), lambda run: run(ones(2, 3), mask=ones(2, 3)))
+    assert differences(eager, compiled) == []
+    (given,) = [compiled.data["Module.plain.Apply.forward.0"]]
+    assert given["input_args"][0] == {"type": "int", "value": 2}
+    assert given["input_args"][1]["type"] == "torch.Tensor"
+    assert compiled.data["Module.none.Apply.forward.0"]["output"] == [None]
+
+
+class Twice(nn.Module):
+    """A module used twice, one under two names, slices of a list, and a shared parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.tied = nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.first.weight
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.table = nn.ModuleDict({"a.b": nn.Identity()} if False else {"act": nn.GELU()})
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.first(x))
+        for block in self.blocks[1:3]:
+            x = block(x)
+        for block in self.blocks[-1:]:
+            x = block(x)
+        return self.tied(self.table["act"](x)) * self.scale
+
+
+def test_modules_used_twice_sliced_and_tied(both: Both) -> None:
+    eager, compiled = both(Twice(), lambda run: run(ones(2, 4)))
+    assert differences(eager, compiled) == []
+    assert [name for name in modules(compiled) if "first" in name] == [
+        "Module.first.Linear.forward.0",
+        "Module.first.Linear.forward.1",
+    ]
+    assert "Module.blocks.2.Linear.forward.0" in compiled.data
+
+
+class Beside(nn.Module):
+    """Functions before, between and after modules, and a module inside one that is not called by forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.fc(x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.project(torch.sin(x))) @ self.fc.weight
+
+
+def test_functions_beside_modules(both: Both) -> None:
+    model = nn.Sequential(Beside(), nn.ReLU(), Beside())
+    eager, compiled = both(model, lambda run: run(ones(2, 4)))
+    assert differences(eager, compiled) == []
+    assert compiled.construct["Torch.sin.1.forward"] == "Module.2.Beside.forward.0"
+    assert compiled.construct["Functional.linear.1.forward"] == "Module.2.fc.Linear.forward.0"
+
+
+def test_calls_are_numbered_on_within_a_step(both: Both) -> None:
+    def program(run: Any) -> None:
+        run(ones(2, 4))
+        run(ones(2, 4) * 2)
+
+    eager, compiled = both(Beside(), program)
+    assert differences(eager, compiled) == []
+    assert "Module.Beside.forward.1" in compiled.data
+
+
+def test_parameters_stack_and_requires_grad_are_there(both: Both) -> None:
+    """Of msProbe's graph mode all of these are missing."""
+    eager, compiled = both(Beside(), lambda run: run(ones(2, 4)))
+    entry = compiled.data["Module.fc.Linear.forward.0"]
+    assert list(entry["parameters"]) == ["weight", "bias"]
+    assert entry["output"][0]["requires_grad"] is True
+    assert compiled.data["Torch.sin.0.forward"]["output"][0]["requires_grad"] is False
+
+    def innermost(step: Any) -> dict[str, str]:
+        return {name: frames[0] for names, frames in step.stack.values() for name in names if "Module" not in name}
+
+    assert innermost(compiled) == innermost(eager)
+    assert "in project" in innermost(compiled)["Tensor.add.0.forward"]
+
+
+def test_a_model_given_as_a_list_has_prefixes(capture: Capture) -> None:
+    parts = [Beside(), Beside()]
+    compiled = [torch.compile(part, backend="msprobe", options={"inner": "eager"}) for part in parts]
+
+    def program(run: list[Any]) -> None:
+        run[1](run[0](ones(2, 4)))
+
+    eager = capture(parts, lambda: program(parts))
+    found = capture(compiled, lambda: program(compiled))
+    assert differences(eager, found) == []
+    assert "Module.1.fc.Linear.forward.0" in found.data
+
+
+def test_a_compiled_function_has_entries_too(capture: Capture) -> None:
+    def function(x: Tensor) -> Tensor:
+        return F.gelu(x) * 2
+
+    compiled = torch.compile(function, backend="msprobe", options={"inner": "eager"})
+    model = nn.Linear(1, 1)
+    eager = capture(model, lambda: function(ones(3)), level="L1")
+    found = capture(model, lambda: compiled(ones(3)), level="L1")
+    assert differences(eager, found) == []
+    assert list(found.data) == ["Functional.gelu.0.forward", "Tensor.mul.0.forward"]
