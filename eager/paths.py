@@ -23,7 +23,7 @@ class Paths:
         """Models by the prefix of their modules' names."""
         for prefix, model in models.items():
             for name, module in model.named_modules():
-                path = ".".join(part for part in (*prefix.split("."), *name.split(".")) if part not in ("", _WRAPPER))
+                path = bare(f"{prefix}.{name}")
                 self._modules[path] = module
                 for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                     if tensor is not None:
@@ -42,3 +42,8 @@ class Paths:
         names = self._names.get(id(tensor), ())
         found = {name[: -len(path)].rstrip(".") for name in names if name == path or name.endswith(f".{path}")}
         return found.pop() if len(found) == 1 else None
+
+
+def bare(path: str) -> str:
+    """`path` without the wrappers of torch.compile."""
+    return ".".join(part for part in path.split(".") if part not in ("", _WRAPPER))

@@ -3,8 +3,10 @@
 ::
 
     msprobe-graph show DUMP [--step N] [--rank R] [--entry SUBSTRING] [--suspicious]
+    msprobe-graph compare A B [--step N] [--rank R] [--tolerance T] [--all]
 
-Exit codes: 0, or 2 with one sentence on stderr for arguments that can't be used, a wrong path among them.
+Exit codes: 0; 1 where two dumps part; 2 with one sentence on stderr for arguments that can't be used, a wrong path among
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from msprobe_graph.dump.reader import DumpError
 from msprobe_graph.version import __version__
 
+from .compare import compare_dumps
 from .show import show
 
 
@@ -27,8 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit(2) where argparse refuses them, SystemExit(0) after --help and --version.
     """
     options = _parser().parse_args(arguments)
+    code = 0
     try:
-        for line in show(options.dump, options.step, options.rank, options.entry, options.suspicious):
+        if options.command == "show":
+            lines = show(options.dump, options.step, options.rank, options.entry, options.suspicious)
+        else:
+            found = compare_dumps(options.a, options.b, options.step, options.rank, options.tolerance, options.all)
+            lines, code = iter(found.lines), int(found.part)
+        for line in lines:
             print(line)
         sys.stdout.flush()
     except DumpError as error:
@@ -36,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="msprobe-graph", description="Looks at dumps of msprobe_graph and of msProbe."
     )
     parser.add_argument("--version", action="version", version=f"msprobe-graph {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     show_parser = commands.add_parser(
         "show",
         help="print a step as a table",
@@ -57,4 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument("--rank", type=int, metavar="R", help="the rank (default: the first one)")
     show_parser.add_argument("--entry", metavar="SUBSTRING", help="only entries whose name contains this")
     show_parser.add_argument("--suspicious", action="store_true", help="only what is suspicious")
+
+    compare_parser = commands.add_parser(
+        "compare",
+        help="find where two dumps part",
+        description="Compares two dumps of one program, entry by entry, and names the first whose inputs agree and whose "
+        "output does not. Exit code 1 where they part, 0 where they agree. Two tensors are as far apart as the worst of "
+        "their Max, Min, Mean and Norm: |b - a| / max(Norm / sqrt(number of values), |a|, |b|).",
+    )
+    compare_parser.add_argument("a", type=Path, metavar="A", help="a dump_path, or a step or process folder in it")
+    compare_parser.add_argument("b", type=Path, metavar="B", help="the other; the table is in its order")
+    compare_parser.add_argument("--step", type=int, metavar="N", help="only this step (default: all)")
+    compare_parser.add_argument("--rank", type=int, metavar="R", help="only this rank (default: all)")
+    compare_parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="how far apart agrees (default: by the coarsest dtype in the dumps, float32 1e-4, bfloat16 and float16 2e-2)",
+    )
+    compare_parser.add_argument("--all", action="store_true", help="all entries that part, not only the first ones")
     return parser

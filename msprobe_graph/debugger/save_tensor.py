@@ -44,7 +44,10 @@ def save_tensor(x: torch.Tensor, path: str | os.PathLike[str]) -> torch.Tensor:
             raise TypeError(f"acl_save takes a tensor, not {type(x).__name__}")
         refuse(x)
         files.expect(name)
-    torch.ops.msprobe_graph.save(x, name)
+    if torch.is_grad_enabled():
+        torch.ops.msprobe_graph.save_effect(x, name)
+    else:
+        torch.ops.msprobe_graph.save(x, name)
     return x
 
 

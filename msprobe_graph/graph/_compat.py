@@ -40,6 +40,14 @@ def source(placeholder: fx.Node) -> str:
     return str(found.name if isinstance(found.name, str) else found.name())
 
 
+def example_value(node: fx.Node) -> Any:
+    """What dynamo found a node's value to be: a fake tensor, a symbolic number, a tuple of those."""
+    value = node.meta.get("example_value")
+    if value is None and node.op == "placeholder" and (argument := node.meta.get("grapharg")) is not None:
+        return argument.fake_tensor if argument.fake_tensor is not None else argument.example
+    return value
+
+
 def example(placeholder: fx.Node) -> Any:
     """The object that an input of dynamo's graph was when it was traced; None when that can't be told."""
     argument = placeholder.meta.get("grapharg")

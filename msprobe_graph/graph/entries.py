@@ -11,7 +11,7 @@ from msprobe_graph.dump.names import api_entry, module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole, TensorRecord
 from msprobe_graph.eager.context import Context
 
-from .plan import Call, Place, Plan, Ref, node_of, refs, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, node_of, tensors, value_id
 
 NOT_SEEN = "the compiled program does not hold it in memory"
 SHARED = "other parts of the program use this tensor too, and compiled code adds their gradients up in its own order"
@@ -153,12 +153,12 @@ class Entries:
         recorder = self._context.recorder
         name = named.entry(call.kind, direction)
         saves = self._context.selection.saves(name)
-        missing: dict[str, Ref] = {}
+        missing: dict[str, str] = {}
         filled = {key: self._filled(nest, f"{name}.{part}", saves, missing) for key, part, nest in parts}
-        if missing and len(missing) == sum(1 for _ in refs([nest for _, _, nest in parts])):
-            recorder.holes.append(Hole(name, "; ".join(sorted(set(map(self._reason, missing.values()))))))
+        if missing and len(missing) == sum(1 for _ in tensors([nest for _, _, nest in parts])):
+            recorder.holes.append(Hole(name, "; ".join(sorted(set(missing.values())))))
             return None
-        recorder.holes.extend(Hole(site, self._reason(ref)) for site, ref in missing.items())
+        recorder.holes.extend(Hole(site, reason) for site, reason in missing.items())
         entry = recorder.entries[name] = Entry(name, filled)
         return entry
 
@@ -183,19 +183,21 @@ class Entries:
             stem, saves = f"{entry.name}.parameters", context.selection.saves(entry.name)
             entry.parts["parameters"] = context.named(parameters, stem, saves)
 
-    def _filled(self, nest: Any, stem: str, saves: bool, missing: dict[str, Ref]) -> Any:
+    def _filled(self, nest: Any, stem: str, saves: bool, missing: dict[str, str]) -> Any:
         """`nest` with records in place of its values."""
         if isinstance(nest, Ref):
             value = self._plan.values[value_id(node_of(nest.id))]
             gradient = nest.id != value_id(node_of(nest.id))
             record = self._found.get((nest.id, stem if saves else None)) if nest.told else None
             if record is None:
-                missing[stem] = nest
-                record = TensorRecord("torch.Tensor", str(value.dtype), None, None, None, None, None, False)
-                record.reason = self._reason(nest)
+                missing[stem] = self._reason(nest)
+                record = _unseen_record(value, missing[stem])
             if nest.id not in self._plan.inputs:
                 record.requires_grad = value.requires_grad and not gradient
             return record
+        if isinstance(nest, Absent):
+            missing[stem] = nest.reason
+            return _unseen_record(nest.value, nest.reason)
         if isinstance(nest, list):
             return [self._filled(item, f"{stem}.{at}", saves, missing) for at, item in enumerate(nest)]
         if isinstance(nest, dict):
@@ -204,6 +206,12 @@ class Entries:
 
     def _reason(self, ref: Ref) -> str:
         return self._reasons.get(ref.id, NOT_SEEN) if ref.told else SHARED
+
+
+def _unseen_record(value: Value, reason: str) -> TensorRecord:
+    record = TensorRecord("torch.Tensor", str(value.dtype), None, None, None, None, None, value.requires_grad)
+    record.reason = reason
+    return record
 
 
 def _add_stems(nest: Any, stem: str, found: dict[int, list[str]]) -> None:

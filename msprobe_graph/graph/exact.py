@@ -73,7 +73,7 @@ class ExactPass(CustomSchedulerPass):
     def __call__(self, nodes: list[Any]) -> list[Any]:
         if self._chained is not None:
             nodes = self._chained(nodes)
-        if inductor.running_graph() is not None:
+        if self._wanted and inductor.running_graph() is not None:
             inductor.before_last_usage(self._insert)
         return nodes
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomGraphPassCallable
 
 from .exact import chained_uuid
 from .stamps import Wanted, find, find_gradients, gradient_flow
 from .tap_op import KEEP, TAP
+
+
+MOST_VALUES = 16
+"""In one tap."""
 
 
 class FullPass(CustomGraphPass):
@@ -29,6 +35,7 @@ class FullPass(CustomGraphPass):
         chained: Sequence[CustomGraphPassCallable] = (),
     ) -> None:
         """`ids` None: all."""
+        self._marks = bool(wanted)
         self._wanted = {id: value for id, value in wanted.items() if ids is None or id in ids}
         self._digest = digest
         self._chained = chained
@@ -36,9 +43,9 @@ class FullPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for each in self._chained:
             each(graph)
-        first = next(iter(graph.nodes))
-        with graph.inserting_before(first):
-            graph.call_function(KEEP).meta["val"] = None
+        if self._marks:
+            with graph.inserting_before(next(iter(graph.nodes))):
+                graph.call_function(KEEP).meta["val"] = None
         if self._wanted:
             self._insert(graph)
 
@@ -50,4 +57,42 @@ class FullPass(CustomGraphPass):
         return self
 
     def _insert(self, graph: fx.Graph) -> None:
-        pass
+        backward = bool(gradient_flow(graph))
+        found = find_gradients(graph, self._wanted) if backward else find(graph, self._wanted)
+        missing = {id: "rewritten" for id in self._wanted if id % 2 == backward and id not in found}
+        note = json.dumps({"graph": _kind(graph), "missing": missing}, separators=(",", ":"))
+        behind: dict[fx.Node, list[int]] = defaultdict(list)
+        for id, place in found.items():
+            behind[place.after].append(id)
+        for run in _runs(graph, behind):
+            ids = [id for node in run for id in behind[node]]
+            with graph.inserting_after(run[-1]):
+                tap = graph.call_function(TAP, ([found[id].node for id in ids], ids, note))
+            tap.meta["val"], note = None, ""
+        if note:
+            with graph.inserting_before(graph.output_node()):
+                graph.call_function(TAP, ([], [], note)).meta["val"] = None
+
+
+def _runs(graph: fx.Graph, behind: Collection[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The nodes of `behind` in the graph's order, neighbours together: they share a tap behind the last of them."""
+    run: list[fx.Node] = []
+    for node in graph.nodes:
+        if run and not (node in behind and len(run) < MOST_VALUES and _only_computes(node)):
+            yield run
+            run = []
+        if node in behind:
+            run.append(node)
+    if run:
+        yield run
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether a tap of its arguments may as well come behind it: it can't become an operator that writes them."""
+    return node.op == "placeholder" or isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+
+
+def _kind(graph: fx.Graph) -> str:
+    if gradient_flow(graph):
+        return "backward"
+    return "forward" if any("partitioner_tag" in node.meta for node in graph.nodes) else "inference"

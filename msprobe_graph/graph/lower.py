@@ -15,13 +15,14 @@ from msprobe_graph.eager.context import Context
 from msprobe_graph.version import __version__
 
 from ._compat import module_calls
-from .handoff import hand_on
+from .handoff import Compiled, hand_on
 from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
 from .plan import Plan, gradient_id, node_of, refs, value_id
 from .region import Region
 from .stamps import Wanted, stamp, values
+from .verify import Verifier
 
 _marks = Marks()
 
@@ -51,8 +52,13 @@ def lower(
     if not plan.calls:
         return hand_on(module, inputs, {}, (), "", options).call
     in_full = _in_full(plan, wanted, options)
-    compiled = hand_on(module, inputs, wanted, in_full, _digest(wanted, in_full), options)
-    return Region(plan, compiled, running, options)
+    digest = _digest(wanted, in_full)
+
+    def compile(module: fx.GraphModule, tapped: bool, options: GraphOptions) -> Compiled:
+        return hand_on(module, inputs, wanted if tapped else {}, in_full if tapped else (), digest, options)
+
+    verifier = Verifier(module, compile, options) if options.verify else None
+    return Region(plan, compile(module, True, options), running, options, verifier)
 
 
 def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, Wanted]:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ._compat import Retrace, hook_all_modules, on_compile_end, source
+from ._compat import Retrace, example_value, hook_all_modules, on_compile_end, source
+from .plan import Value
 
 OTHER = "msprobe_graph.other"
-"""Marks, in a nest of arguments, an object that a dump names by its type only."""
+"""Marks, in a nest of arguments, an object that a graph can't hold; its type's name and what is kept of it follow."""
 
 
 class Mark(NamedTuple):
@@ -42,6 +43,8 @@ class Seen(NamedTuple):
     """A node of a graph: an input by where it comes from, another by its place among the others."""
 
     node: str | int
+    value: Value | None = None
+    """Of an input that is a tensor: what it is."""
 
 
 class _Reading(NamedTuple):
@@ -111,14 +114,16 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)):
         return value
     if isinstance(value, torch.Size):
-        return (OTHER, "torch.Size")
+        return (OTHER, "torch.Size", list(value))
+    if isinstance(value, slice):
+        return (OTHER, "slice", [_plain(value.start), _plain(value.stop), _plain(value.step)])
     if isinstance(value, (list, tuple)):
         if hasattr(value, "_fields"):
             return {name: _plain(getattr(value, name)) for name in value._fields}
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    return (OTHER, type(value).__name__)
+    return (OTHER, type(value).__name__, None)
 
 
 def _read(graph: fx.Graph) -> _Reading:
@@ -126,7 +131,8 @@ def _read(graph: fx.Graph) -> _Reading:
     seen: dict[fx.Node, Seen] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            seen[node] = Seen(source(node))
+            value = example_value(node)
+            seen[node] = Seen(source(node), Value.of(value) if isinstance(value, torch.Tensor) else None)
         elif node.target in (begins, ends):
             stack = node.meta.get("nn_module_stack")
             if stack:

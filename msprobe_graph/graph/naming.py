@@ -18,11 +18,17 @@ from torch import fx, nn
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import Frame
+from msprobe_graph.eager.paths import bare
 
-from ._compat import source
+from ._compat import example_value, source
+from .arguments import Asked, asked
 from .marks import OTHER, Mark, Seen
-from .plan import Call, Place, Plan, Ref, Value, gradient_id, node_of, refs, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, gradient_id, node_of, refs, value_id
+from .writes import Writes
 
+UNUSED = "the program does not use this output, and its graph does not hold it"
+NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it is not handed to it"
+WRITTEN = "it was changed in place before, in a way that compiled code keeps no value of"
 NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
 
 
@@ -54,7 +60,7 @@ class _Naming:
         self._index = {node: index for index, node in enumerate(self._nodes)}
         self._operators = operators
         self._wants_api = wants_api
-        self._paths = {} if frame_module is None else {id(m): name for name, m in frame_module.named_modules()}
+        self._paths = {} if frame_module is None else {id(m): bare(name) for name, m in frame_module.named_modules()}
         self._inner = [node for node in self._nodes if node.op not in ("placeholder", "output")]
         self._inputs = {source(node): node for node in self._nodes if node.op == "placeholder"}
         self._values: dict[int, Value] = {}
@@ -64,6 +70,9 @@ class _Naming:
         self._entered: dict[int, int] = {}
         """By module call: the position of its first node."""
         self._time = 0
+        self._writes = Writes(self._inner)
+        self._at = 0
+        """The position before which values are asked for."""
 
     def plan(self, marks: Sequence[Mark] | None) -> Plan:
         left = list(reversed(marks or ()))
@@ -77,8 +86,9 @@ class _Naming:
         returned = next(node for node in self._nodes if node.op == "output").args[0]
         outputs: dict[int, int] = {}
         for at, node in enumerate(returned):
-            if isinstance(node, fx.Node):
-                outputs.setdefault(value_id(self._index[node]), at)
+            last = self._writes.value_at(node, len(self._inner)) if isinstance(node, fx.Node) else None
+            if last is not None:
+                outputs.setdefault(value_id(self._index[last]), at)
         return Plan(
             calls=self._calls,
             values=self._values,
@@ -104,7 +114,10 @@ class _Naming:
         call = self._calls[index]
         call.end = self._now()
         args, kwargs, outputs = mark.returned
-        call.args, call.kwargs, call.output = self._nest(list(args)), self._nest(dict(kwargs)), self._nest(outputs)
+        self._at = self._entered[index]
+        call.args, call.kwargs = self._nest(list(args)), self._nest(dict(kwargs))
+        self._at = mark.at
+        call.output = self._nest(outputs)
         own = range(self._entered[index], mark.at)
         call.given = self._gradients(call.output, lambda at: at not in own)
         call.gives = self._gradients([call.args, call.kwargs], own.__contains__)
@@ -123,11 +136,15 @@ class _Naming:
         return gradients
 
     def _function_call(self, node: fx.Node) -> None:
-        name = api_name(node, self._operators)
+        function, args, kwargs = api_call(node)
+        name = self._operators.name(function)
         if name is None or not self._wants_api(name):
             return
-        args, kwargs = self._operators.as_written(name, node.args, node.kwargs)
+        args, kwargs = self._operators.as_written(name, args, kwargs)
         now = self._now()
+        self._at = self._positions[node]
+        arguments = self._nest(list(args)), self._nest(dict(kwargs))
+        self._at += 1
         output = self._outputs(node)
         self._calls.append(
             Call(
@@ -136,8 +153,7 @@ class _Naming:
                 self._place_of(node),
                 now,
                 now,
-                self._nest(list(args)),
-                self._nest(dict(kwargs)),
+                *arguments,
                 output,
                 self._running[-1] if self._running else None,
                 self._gradients(output, lambda at: True)[:1],
@@ -153,17 +169,19 @@ class _Naming:
         items = {
             user.args[1]: user for user in reversed(node.users) if user.target is operator.getitem
         }  # of several users of one item the first in the graph
-        outputs = [self._leaf(items[i]) if i in items else describe(None) for i in range(len(value))]
+        outputs = [self._leaf(items[i]) if i in items else _unused(item) for i, item in enumerate(value)]
         return outputs if isinstance(value, tuple) else [outputs]
 
     def _nest(self, value: Any) -> Any:
         if isinstance(value, Seen):
             node = self._inputs.get(value.node) if isinstance(value.node, str) else self._inner[value.node]
-            return self._leaf(node) if node is not None else describe(None)
+            if node is not None:
+                return self._leaf(node)
+            return Absent(value.value, NOT_TAKEN) if value.value is not None else {"type": "int", "value": None}
         if isinstance(value, fx.Node):
             return self._leaf(value)
-        if isinstance(value, tuple) and len(value) == 2 and value[0] == OTHER:
-            return {"type": value[1], "value": None}
+        if isinstance(value, (tuple, list)) and len(value) == 3 and value[0] == OTHER:
+            return {"type": value[1], "value": _plain_numbers(value[2])}
         if isinstance(value, (list, tuple)) and type(value) is not torch.Size:
             return [self._nest(item) for item in value]
         if isinstance(value, dict):
@@ -171,14 +189,17 @@ class _Naming:
         return describe(value)
 
     def _leaf(self, node: fx.Node) -> Any:
+        """The value of `node` as it is at the moment that is being named."""
         value = example_value(node)
         if not isinstance(value, torch.Tensor):
-            # A number that the program computes as it runs, or a tuple of tensors.
-            return {"type": _python_type(value), "value": None}
-        ref = value_id(self._index[node])
+            # Nothing, a number that the program computes as it runs, or a tuple of tensors.
+            return describe(None) if value is None else {"type": _python_type(value), "value": None}
+        current = self._writes.value_at(node, self._at)
+        if current is None:
+            return Absent(Value.of(value), WRITTEN)
+        ref = value_id(self._index[current])
         if ref not in self._values:
-            shape = tuple(size if type(size) is int else None for size in value.shape)
-            self._values[ref] = Value(shape, value.dtype, value.requires_grad)
+            self._values[ref] = Value.of(example_value(current))
         return Ref(ref)
 
     def _place_of(self, node: fx.Node) -> Place | None:
@@ -190,11 +211,15 @@ class _Naming:
 
     def _place(self, key: str, expression: str) -> Place:
         root, path = split_expression(expression)
-        known = self._paths.get(int(key.partition("@")[0])) if key.partition("@")[0].isdigit() else None
-        return Place(root, path if known is None else known)
+        number = key.partition("@")[0]
+        known = self._paths.get(int(number)) if root in _FRAME_MODULE and number.isdigit() else None
+        return Place(root, bare(path) if known is None else known)
 
 
 _MEMBER = re.compile(r"\._modules\['([^']+)'\]|\._(?:parameters|buffers)\['([^']+)'\]|\.(\w+)|\['([^']+)'\]")
+_FRAME_MODULE = ("L['self']", "L['fn']")
+"""Where a frame has the module whose forward it is: in the latter if dynamo has put a function of its own around it, as
+around the forward of torch's own containers."""
 _ROOT = re.compile(r"[A-Z]\['[^']+'\]")
 
 
@@ -229,37 +254,24 @@ _METHODS = {
 """Of the functions of `operator`, by name: the method that each calls."""
 
 
-def api_name(node: fx.Node, operators: OperatorTable) -> str | None:
-    """The name under which eager capture records the call that `node` is; None for one that it doesn't record."""
-    if node.op == "call_method":
-        return operators.name(getattr(torch.Tensor, str(node.target), None))
-    if node.op != "call_function":
-        return None
+def api_call(node: fx.Node) -> Asked:
+    """The call that `node` is, as eager capture sees it: what was called, with which arguments."""
     target: Any = node.target
+    if node.op == "call_method":
+        return asked(getattr(torch.Tensor, target, None), node.args, node.kwargs)
+    if node.op != "call_function":
+        return Asked(None, (), {})
+    if target is getattr:
+        return Asked(getattr(getattr(torch.Tensor, str(node.args[1]), None), "__get__", None), node.args[:1], {})
     if getattr(target, "__module__", None) != "_operator":
-        if target is getattr:
-            return _getter_name(node, operators)
-        return operators.name(target)
+        return asked(target, node.args, node.kwargs)
     method = _METHODS.get(target.__name__.strip("_"))
     if method is None or not any(isinstance(example_value(arg), torch.Tensor) for arg in node.all_input_nodes):
-        return None
+        return Asked(None, (), {})
     first = node.args[0]
-    if not (isinstance(first, fx.Node) and isinstance(example_value(first), torch.Tensor)):
-        method = f"__r{method[2:]}"
-    return operators.name(getattr(torch.Tensor, method, None))
-
-
-def _getter_name(node: fx.Node, operators: OperatorTable) -> str | None:
-    attribute = getattr(torch.Tensor, str(node.args[1]), None)
-    return None if attribute is None else operators.name(getattr(attribute, "__get__", None))
-
-
-def example_value(node: fx.Node) -> Any:
-    """What dynamo found a node's value to be: a fake tensor, a symbolic number, a tuple of those."""
-    value = node.meta.get("example_value")
-    if value is None and node.op == "placeholder" and (argument := node.meta.get("grapharg")) is not None:
-        return argument.fake_tensor if argument.fake_tensor is not None else argument.example
-    return value
+    if isinstance(first, fx.Node) and isinstance(example_value(first), torch.Tensor):
+        return Asked(getattr(torch.Tensor, method, None), node.args, {})
+    return Asked(getattr(torch.Tensor, f"__r{method[2:]}", None), node.args[::-1], {})
 
 
 def frames(trace: str | None) -> tuple[Frame, ...]:
@@ -273,6 +285,16 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 def _frames(trace: str) -> Iterator[Frame]:
     for path, line, function in _FRAME.findall(trace):
         yield Frame(path, int(line), function)
+
+
+def _unused(value: Any) -> Any:
+    """An output for which the graph has no node."""
+    return Absent(Value.of(value), UNUSED) if isinstance(value, torch.Tensor) else describe(value)
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Sizes, with None for those that the graph computes."""
+    return [None if isinstance(item, Seen) else item for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _python_type(value: Any) -> str:

@@ -30,6 +30,9 @@ class GraphOptions(msgspec.Struct, frozen=True):
     which changes the kernels."""
     full_modules: tuple[str, ...] = ()
     """Modules, by qualified name, for which fidelity is full; all that is inside them included."""
+    verify: bool = False
+    """Compile each graph four times more, run these programs at its first call and put the verdict into the manifest:
+    see `verify`."""
     mode: str | None = None
     """The inner backend's mode ("max-autotune"), because torch.compile takes no mode beside options."""
     inner_options: Mapping[str, Any] = {}
@@ -59,6 +62,8 @@ def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphO
         raise ConfigError(
             f"backend msprobe: the option full_modules is {modules!r}; it is a list of qualified module names"
         )
+    if not isinstance(ours.get("verify", False), bool):
+        raise ConfigError(f"backend msprobe: the option verify is {ours['verify']!r}; it is True or False")
     if mode is not None:
         ours.setdefault("mode", mode)
     ours["full_modules"] = tuple(modules)

@@ -24,6 +24,12 @@ class Value(msgspec.Struct, frozen=True):
     requires_grad: bool
 
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Value:
+        shape = tuple(size if type(size) is int else None for size in tensor.shape)
+        return cls(shape, tensor.dtype, tensor.requires_grad)
+
+
 class Ref(msgspec.Struct, frozen=True):
     """Stands in a call's arguments or results for the value of this id.
 
@@ -34,6 +40,13 @@ class Ref(msgspec.Struct, frozen=True):
     id: int
     told: bool = True
     """False: of a gradient, that it can't be told from the gradient that the rest of the program gives."""
+
+
+class Absent(msgspec.Struct, frozen=True):
+    """Stands in a call's arguments or results for a tensor that is no value of the graph's."""
+
+    value: Value
+    reason: str
 
 
 def value_id(index: int) -> int:
@@ -52,11 +65,16 @@ def gradient_id(value: int) -> int:
 
 def refs(nest: Any) -> Iterator[Ref]:
     """The values that a call's arguments or results refer to."""
-    if isinstance(nest, Ref):
+    return (tensor for tensor in tensors(nest) if isinstance(tensor, Ref))
+
+
+def tensors(nest: Any) -> Iterator[Ref | Absent]:
+    """All tensors among a call's arguments or results."""
+    if isinstance(nest, (Ref, Absent)):
         yield nest
     elif isinstance(nest, (list, dict)):
         for item in nest.values() if isinstance(nest, dict) else nest:
-            yield from refs(item)
+            yield from tensors(item)
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from .handoff import Compiled
 from .options import GraphOptions
 from .plan import Plan
 from .tap_op import invocations
+from .verify import Verifier
 
 SITE = "a compiled graph"
 
@@ -31,7 +32,12 @@ class Region:
     """
 
     def __init__(
-        self, plan: Plan, compiled: Compiled, running: Callable[[], Context | None], options: GraphOptions
+        self,
+        plan: Plan,
+        compiled: Compiled,
+        running: Callable[[], Context | None],
+        options: GraphOptions,
+        verifier: Verifier | None = None,
     ) -> None:
         self.plan = plan
         self.remarks = [*plan.holes, *compiled.remarks]
@@ -42,6 +48,8 @@ class Region:
         self._reports = compiled.reports
         self._running = running
         self._options = options
+        self._verifier = verifier
+        self._verdict: dict[str, Any] | None = None
 
     def description(self) -> dict[str, Any]:
         """What the manifest tells of the graph: see `dump.manifest`."""
@@ -55,7 +63,9 @@ class Region:
             }
             for report in self._reports
         ]
+        verdict = {} if self._verdict is None else {"verdict": self._verdict}
         return {
+            **verdict,
             "inner": inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner)),
             "fidelity": self._options.fidelity,
             "calls": len(self.plan.calls),
@@ -66,6 +76,9 @@ class Region:
         context = self._running()
         if context is None:
             return self._compiled(*inputs)
+        if self._verifier is not None:
+            verifier, self._verifier = self._verifier, None
+            self._verdict = context.boundary.attempt(SITE, verifier.verdict, inputs)
         invocation = context.boundary.attempt(SITE, Invocation, self, context, inputs)
         if invocation is None:
             return self._compiled(*inputs)

@@ -8,7 +8,7 @@ stamp, its shape and its dtype; a value for which that leaves any doubt is not f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ class Wanted(NamedTuple):
     """Its place among the outputs of a call that returns several."""
     written: str | None = None
     """The name of the argument that it is, for an operator that returns nothing and writes its arguments."""
+    returned: int | None = None
+    """Its place among the outputs of dynamo's graph, where nothing in the graph reads it."""
 
 
 class Found(NamedTuple):
@@ -77,7 +79,15 @@ def _wanted(
         container = node.args[0].meta.get("example_value")
         if isinstance(container, (tuple, list)) and isinstance(node.args[1], int):
             stamped, item = index[node.args[0]], node.args[1] % len(container)
-    return Wanted(stamped, tuple(example.shape), example.dtype, item)
+    return Wanted(stamped, tuple(example.shape), example.dtype, item, returned=_returned(node))
+
+
+def _returned(node: fx.Node) -> int | None:
+    if [user.op for user in node.users] != ["output"]:
+        return None
+    outputs = node.graph.output_node().args[0]
+    places = [place for place, output in enumerate(outputs) if output is node] if isinstance(outputs, Sequence) else []
+    return places[0] if len(places) == 1 else None
 
 
 _MAY_CHANGE_NOTHING = frozenset(
@@ -225,14 +235,40 @@ def find_gradients(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, F
         for source in node.all_input_nodes:
             if source in flow and (stamp_of(source) != number or source.op == "placeholder"):
                 entering[number][source] = None
+    of_inputs, of_outputs = _at_the_border(graph)
     found = {}
     for id, value in wanted.items():
-        if id % 2 == 0 or value.item is not None or value.written is not None:
+        if id % 2 == 0:
             continue
-        sources = [node for node in entering.get(value.stamp, ()) if fits(node, value)]
-        if len(sources) == 1:
-            found[id] = Found(sources[0], sources[0])
+        sources: list[fx.Node] = []
+        if id == 2 * value.stamp + 1 and value.stamp in of_inputs:
+            sources = [of_inputs[value.stamp]]
+        elif value.returned in of_outputs:
+            sources = [of_outputs[value.returned]]
+        elif value.item is None and value.written is None:
+            sources = list(entering.get(value.stamp, ()))
+        fitting = [node for node in sources if fits(node, value)]
+        if len(fitting) == 1:
+            found[id] = Found(fitting[0], fitting[0])
     return found
+
+
+def _at_the_border(graph: fx.Graph) -> tuple[dict[int | None, fx.Node], dict[int | None, fx.Node]]:
+    """Gradients with respect to inputs of dynamo's graph, by the inputs' places, and those with respect to its
+    outputs, by theirs. AOTAutograd describes both in the backward graph."""
+    output = graph.output_node()
+    gradients = zip(output.meta.get("desc") or (), output.args[0], strict=False)  # type: ignore[arg-type]
+    of_inputs = {
+        getattr(described.grad_of, "idx", None): node
+        for described, node in gradients
+        if type(getattr(described, "grad_of", None)).__name__ == "PlainAOTInput" and isinstance(node, fx.Node)
+    }
+    of_outputs = {}
+    for node in graph.nodes:
+        described = getattr(node.meta.get("desc"), "output", None)
+        if node.op == "placeholder" and type(described).__name__ == "PlainAOTOutput":
+            of_outputs[getattr(described, "idx", None)] = node
+    return of_inputs, of_outputs
 
 
 def gradient_flow(graph: fx.Graph) -> set[fx.Node]:

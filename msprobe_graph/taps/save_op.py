@@ -1,9 +1,14 @@
-"""The operator behind acl_save: ``torch.ops.msprobe_graph.save(x, path)``.
+"""The operators behind acl_save: ``torch.ops.msprobe_graph.save(x, path)`` and ``save_effect``, for two kinds of graph.
 
-It reads the values of `x` when it runs and hands them to `files`, which writes them as the next file of `path`. It
-returns nothing (an operator must not return its input) and claims no mutation, so the values, their gradients and what
-autograd keeps are the same with it and without. It counts as a side effect, so no compiler pass drops it. (Registered as
-an ordered effect it would keep graphs out of Inductor's caches, and its calls would still change places.)
+Both read the values of `x` when they run and hand them to `files`, which writes them as the next file of `path`. They
+return nothing (an operator must not return its input) and claim no mutation, so the values, their gradients and what
+autograd keeps are the same with and without. How each tells compilers not to drop it makes the difference:
+
+- ``save`` counts as a side effect. Graphs with it go into Inductor's caches; but where a graph is split into forward
+  and backward, AOTAutograd's default partitioner runs it in both, or refuses it beside activation checkpointing.
+- ``save_effect`` is an ordered effect, right in every partitioner; but Inductor's caches take no graph with one.
+
+So code that autograd records calls ``save_effect``, other code ``save``.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import os
 from functools import cache
 
 import torch
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op  # private; tested with torch 2.13
 from torch.fx.node import has_side_effect
 
 from msprobe_graph.dump.tensor_files import Host, TensorFiles
@@ -83,22 +89,26 @@ def _check(x: torch.Tensor, path: str) -> None:
     """What a compiler runs in place of _save while it traces: the time at which errors are still the user's to see."""
     refuse(x)
     files.expect(path)
-    keep_order(SAVE)
+    keep_order(SAVE, SAVE_EFFECT)
 
 
 def _save_batch(info: object, in_dims: tuple[int | None, None], x: torch.Tensor, path: str) -> tuple[None, None]:
     """Under torch.func.vmap: the whole batch is one file, the batch's dimension in front."""
     batch = in_dims[0]
-    SAVE(x if batch is None else x.movedim(batch, 0), path)
+    save = SAVE_EFFECT if torch.is_grad_enabled() else SAVE
+    save(x if batch is None else x.movedim(batch, 0), path)
     return None, None
 
 
-_NAME = "msprobe_graph::save"
-# The tag: Inductor runs it between its CUDA graphs, not inside of them.
-torch.library.define(_NAME, "(Tensor x, str path) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _save)
-torch.library.impl(_NAME, "Autograd", torch.library.fallthrough_kernel)
-torch.library.register_fake(_NAME, _check)
-torch.library.register_vmap(_NAME, _save_batch)
+for _name in ("msprobe_graph::save", "msprobe_graph::save_effect"):
+    # The tag: Inductor runs it between its CUDA graphs, not inside of them.
+    torch.library.define(_name, "(Tensor x, str path) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+    torch.library.impl(_name, "CompositeExplicitAutograd", _save)
+    torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)
+    torch.library.register_fake(_name, _check)
+    torch.library.register_vmap(_name, _save_batch)
+
 SAVE: torch._ops.OpOverload = torch.ops.msprobe_graph.save.default
+SAVE_EFFECT: torch._ops.OpOverload = torch.ops.msprobe_graph.save_effect.default
 has_side_effect(SAVE)
+_register_effectful_op(SAVE_EFFECT, _EffectType.ORDERED)

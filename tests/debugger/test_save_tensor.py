@@ -109,10 +109,6 @@ def test_compiled_saves_what_eager_does(tmp_path: Path, backend: str, mode: str)
             return model(x) if mode != "checkpoint" else checkpoint(model, x, use_reentrant=False)
 
         compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=mode == "dynamic")
-        if (backend, mode, model) == ("cudagraphs", "checkpoint", tapped):  # torch's partitioner of this backend
-            with pytest.raises(RuntimeError, match="AC on a graph with impure op: save, msprobe_graph.save"):
-                run(compiled, "training")
-            return
         outputs.append(run(compiled, "training" if mode == "checkpoint" else mode))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
     for ours, theirs in zip(tapped.parameters(), plain.parameters(), strict=True):
@@ -139,14 +135,16 @@ def firsts(tensors: list[torch.Tensor], calls: int) -> list[torch.Tensor]:
     return [tensor for at in range(3) for tensor in tensors[at * each : at * each + step]]
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_order_on_one_path_is_that_of_the_program(tmp_path: Path, folder: str, backend: str) -> None:
+def test_order_on_one_path_is_that_of_the_program(tmp_path: Path, folder: str, backend: str, grad: bool) -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         for factor in range(8):
             acl_save((x * factor).sum(0 if factor % 2 else 1), f"{folder}/x")
         return x.sin()
 
-    torch.compile(model, backend=backend, fullgraph=True)(torch.ones(4, 4))
+    with torch.set_grad_enabled(grad):
+        torch.compile(model, backend=backend, fullgraph=True)(torch.ones(4, 4))
     assert [tensor[0].item() for tensor in saved(tmp_path / "x")] == [4 * factor for factor in range(8)]
 
 
@@ -237,7 +235,7 @@ def test_paths_may_be_built_in_compiled_code(tmp_path: Path, folder: str) -> Non
     try:
         model = Model()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for model.step in range(3):  # noqa: B020
+        for model.step in range(3):
             compiled(torch.zeros(model.step + 2))
     finally:
         torch.distributed.destroy_process_group()
@@ -254,11 +252,11 @@ def test_a_path_that_dynamo_cannot_build_breaks_the_graph_and_is_saved(tmp_path:
 
 def test_what_is_wrong_is_said_at_the_first_eager_call(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="acl_save can't write .*file/x.pt': Not a directory"):
+    with pytest.raises(NotADirectoryError, match=r"acl_save can't write .*file/x.pt': Not a directory"):
         acl_save(torch.ones(1), tmp_path / "file" / "x.pt")
     with pytest.raises(ValueError, match="needs the path of a file"):
         acl_save(torch.ones(1), "")
-    with pytest.raises(TypeError, match="^acl_save takes a tensor, not float$"):
+    with pytest.raises(TypeError, match=r"^acl_save takes a tensor, not float$"):
         acl_save(1.0, tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a sparse one"):
         acl_save(torch.eye(2).to_sparse(), tmp_path / "x")
@@ -276,7 +274,7 @@ def test_what_is_wrong_is_said_when_it_is_compiled(tmp_path: Path, backend: str)
 
     for choice in (backend, inner):
         compiled = torch.compile(lambda x: acl_save(x * 2, tmp_path / "file" / "x.pt"), backend=choice)
-        with pytest.raises(RuntimeError, match="acl_save can't write .*file/x.pt.*Not a directory"):
+        with pytest.raises(RuntimeError, match=r"acl_save can't write .*file/x.pt.*Not a directory"):
             compiled(torch.ones(1))
     assert ran == []
     sparse = torch.compile(lambda x: acl_save(x, tmp_path / "x"), backend=backend)
@@ -370,7 +368,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autog
         done = python(script, tmp_path / folder, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
         hits.append([int(count) for count in done.stdout.split()])
     assert hits[0] == [0, 0]
-    assert min(hits[1]) >= 1
+    assert min(hits[1]) >= 1  # the graph without a backward; Inductor caches none with an effect
     for name in ("hidden", "sum"):
         cold, warm = saved(tmp_path / "cold" / name), saved(tmp_path / "warm" / name)
         assert len(cold) == len(warm) == 3

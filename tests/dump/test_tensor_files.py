@@ -51,7 +51,7 @@ def test_relative_paths_are_those_of_the_time_of_the_call(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("path", ["", "/", "folder/", "folder/.", "..", "folder/.pt", "nul\0byte"])
 def test_a_path_that_names_no_file(path: str) -> None:
-    with pytest.raises(ValueError, match="needs the path of a file, such as 'dump/x.pt', not "):
+    with pytest.raises(ValueError, match=r"needs the path of a file, such as 'dump/x.pt', not "):
         TensorFiles().expect(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conftest import Apply, Both, Capture, Net, differences, modules
+from msprobe_graph.dump.reader import StepDump
+from msprobe_graph.graph.naming import NOT_TAKEN, WRITTEN
+from msprobe_graph.graph.naming import UNUSED as UNUSED_OUTPUT
+
+from .conftest import Apply, Both, Capture, Net, differences, holes, modules
 
 Pair = collections.namedtuple("Pair", "left right")
 
@@ -24,8 +29,7 @@ def in_place(x: Tensor) -> Tensor:
     x = x * 2
     x.add_(1)
     x += 3
-    x[:, 0] = 0.5
-    x[1:] *= 2
+    x.mul_(x)
     return F.relu(x, inplace=True)
 
 
@@ -41,12 +45,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "getitem": lambda x: x[0] + x[1:, None, ..., ::2].sum() + x[:, [0, 1]].sum(),
     "mask": lambda x: torch.where(x > 2, x, 0.0),
     "split": lambda x: [part * 2 for part in x.split(2, dim=1)],
-    "split, one part used": lambda x: x.split([1, 3], dim=1)[1] * 2,
     "unbind": lambda x: [row + 1 for row in x.unbind(0)],
-    "chunk": lambda x: torch.chunk(x, 2, dim=-1)[0] + 1,
-    "topk": lambda x: x.topk(2)[0],
-    "max over a dimension": lambda x: x.max(dim=1).values,
-    "sort by name": lambda x: torch.sort(x, descending=True).indices,
+    "chunk": lambda x: operator.sub(*torch.chunk(x, 2, dim=-1)),
+    "topk": lambda x: operator.mul(*x.topk(2)),
+    "max over a dimension": lambda x: operator.add(*x.max(dim=1)),
     "keywords": lambda x: torch.add(input=x, other=x, alpha=2),
     "a number before a tensor": lambda x: torch.where(x > 1, 2.0, x),
     "softmax with dtype": lambda x: F.softmax(x, dim=-1, dtype=torch.float64),
@@ -87,7 +89,7 @@ class Arguments(nn.Module):
         self.none = Apply(lambda x: None)
         self.nest = Apply(lambda x, y: {"a": x + 1, "b": [y, (x, 2)], "c": None})
         self.pair = Apply(lambda pair, flag: Pair(pair.left * 2, pair.right))
-        self.plain = Apply(lambda n, x, *rest, **options: x * n)
+        self.plain = Apply(lambda n, x, *rest, mask, **options: x * n + mask)
         self.several = Apply(lambda x: (x, None, 3, x + 1))
         self.list = Apply(lambda xs: [x + 1 for x in xs])
 
@@ -96,6 +98,7 @@ class Arguments(nn.Module):
         nest = self.nest(x, y=x * 2)
         pair = self.pair(Pair(x, nest["a"]), flag=True)
         plain = self.plain(2, x, None, "text", torch.float16, slice(0, 2), x.shape, mask=mask, device=x.device)
+        assert mask is not None
         return self.several(pair.left + plain), self.list([x, nest["b"][0]])
 
 
@@ -118,7 +121,7 @@ class Twice(nn.Module):
         self.tied = nn.Linear(4, 4, bias=False)
         self.tied.weight = self.first.weight
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
-        self.table = nn.ModuleDict({"a.b": nn.Identity()} if False else {"act": nn.GELU()})
+        self.table = nn.ModuleDict({"act": nn.GELU()})
         self.scale = nn.Parameter(torch.full((4,), 2.0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,8 +183,10 @@ def test_parameters_stack_and_requires_grad_are_there(both: Both) -> None:
     assert entry["output"][0]["requires_grad"] is True
     assert compiled.data["Torch.sin.0.forward"]["output"][0]["requires_grad"] is False
 
-    def innermost(step: Any) -> dict[str, str]:
-        return {name: frames[0] for names, frames in step.stack.values() for name in names if "Module" not in name}
+    def innermost(step: StepDump) -> dict[str, str]:
+        frames = {name: frames[0] for names, frames in step.stack.values() for name in names}
+        # Of frames in torch's own modules dynamo keeps none, and of module calls none at all.
+        return {name: frame for name, frame in frames.items() if "Module" not in name and "linear" not in name}
 
     assert innermost(compiled) == innermost(eager)
     assert "in project" in innermost(compiled)["Tensor.add.0.forward"]
@@ -200,13 +205,75 @@ def test_a_model_given_as_a_list_has_prefixes(capture: Capture) -> None:
     assert "Module.1.fc.Linear.forward.0" in found.data
 
 
+UNUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "split": (lambda x: x.split([1, 3], dim=1)[1] * 2, "Tensor.split.0.forward.output.0"),
+    "chunk": (lambda x: torch.chunk(x, 2, dim=-1)[0] + 1, "Torch.chunk.0.forward.output.1"),
+    "topk": (lambda x: x.topk(2)[0], "Tensor.topk.0.forward.output.1"),
+    "sort by name": (lambda x: torch.sort(x, descending=True).indices, "Torch.sort.0.forward.output.0"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_an_output_that_nothing_uses_is_a_hole(both: Both, name: str) -> None:
+    """Dynamo's graph has no node for it. It is not None, and it is not another output's value."""
+    function, site = UNUSED[name]
+    eager, compiled = both(Apply(function), lambda run: run(ones(3, 4)))
+    assert {line.partition(": ")[0].rpartition(".output.")[0] for line in differences(eager, compiled)} <= {
+        site.rpartition(".output.")[0]
+    }
+    entry, at = site.rpartition(".output.")[::2]
+    record = compiled.data[entry]["output"][int(at)]
+    assert (record["type"], record["Max"]) == ("torch.Tensor", None)
+    assert record["reason"] == holes(compiled)[site] == UNUSED_OUTPUT
+
+
+def test_an_argument_that_nothing_uses_is_a_hole(both: Both) -> None:
+    model = nn.Sequential()
+    model.fc = Apply(lambda x, mask: x * 2)
+    model.forward = lambda x, mask: model.fc(x, mask)  # type: ignore[method-assign]
+    _, compiled = both(model, lambda run: run(ones(2, 3), ones(2)))
+    record = compiled.data["Module.fc.Apply.forward.0"]["input_args"][1]
+    assert (record["type"], record["dtype"], record["Max"]) == ("torch.Tensor", "torch.float32", None)
+    assert holes(compiled)["Module.fc.Apply.forward.0.input.1"] == NOT_TAKEN
+
+
+def test_after_a_write_into_a_part_a_value_is_right_or_a_hole(both: Both) -> None:
+    def program(x: Tensor) -> Tensor:
+        x = x * 2
+        x[:, 0] = 0.5
+        y = x + 1
+        x[1:] *= 2
+        return x - y
+
+    eager, compiled = both(Apply(program), lambda run: run(ones(3, 4)))
+    assert list(compiled.data) == list(eager.data)
+    missing = {site for site, reason in holes(compiled).items() if reason == WRITTEN}
+    assert "Tensor.add.0.forward.input.0" in missing
+    for one, other in zip(eager.tensors(), compiled.tensors(), strict=True):
+        assert other.record["Max"] is None or other.record == one.record, other
+    assert compiled.data["Tensor.mul.0.forward"]["output"] == eager.data["Tensor.mul.0.forward"]["output"]
+
+
+def test_a_returned_tensor_is_not_taken_for_what_it_was_before(both: Both) -> None:
+    def program(x: Tensor) -> Tensor:
+        y = x * 2
+        y.add_(1)
+        return y
+
+    eager, compiled = both(Apply(program), lambda run: run(ones(3, 4)))
+    assert differences(eager, compiled) == []
+    assert compiled.data["Tensor.mul.0.forward"]["output"][0]["Max"] == 24
+
+
 def test_a_compiled_function_has_entries_too(capture: Capture) -> None:
+    x = ones(3)
+
     def function(x: Tensor) -> Tensor:
         return F.gelu(x) * 2
 
     compiled = torch.compile(function, backend="msprobe", options={"inner": "eager"})
     model = nn.Linear(1, 1)
-    eager = capture(model, lambda: function(ones(3)), level="L1")
-    found = capture(model, lambda: compiled(ones(3)), level="L1")
+    eager = capture(model, lambda: function(x), level="L1")
+    found = capture(model, lambda: compiled(x), level="L1")
     assert differences(eager, found) == []
     assert list(found.data) == ["Functional.gelu.0.forward", "Tensor.mul.0.forward"]

@@ -124,8 +124,8 @@ def _level(name: str) -> str:
 
 
 def _measured(record: dict[str, Any], eager: dict[str, Any]) -> bool:
-    """Whether `record` has the statistics that eager's has (of an empty tensor there are none)."""
-    return record["Norm"] is not None or eager["Norm"] is None
+    """Whether `record` has the statistics that eager's has (of an empty tensor there are none, and no reason why)."""
+    return record["Norm"] is not None or (eager["Norm"] is None and ("reason" in record) == ("reason" in eager))
 
 
 def _share(expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]] | None) -> float:

@@ -157,6 +157,12 @@ ARCHITECTURES = {
         padded_tokens,
     ),
     "modernbert": Architecture("ModernBertModel", _ENCODER | {"cls_token_id": 1, "sep_token_id": 2}, padded_tokens),
+    "longformer": Architecture(
+        "LongformerModel", _ENCODER | {"attention_window": 8}, padded_tokens
+    ),  # has graph breaks
+    "xlm": Architecture(  # has a graph break
+        "XLMModel", {"vocab_size": VOCABULARY, "emb_dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS}, padded_tokens
+    ),
     # Encoders with decoders
     "t5": Architecture(
         "T5ForConditionalGeneration",
@@ -179,6 +185,9 @@ ARCHITECTURES = {
     ),
     # Mixtures of experts
     "mixtral": Architecture("MixtralForCausalLM", _GROUPED | {"num_local_experts": 4}, tokens),
+    "mixtral_loop": Architecture(  # one expert after the other: a graph break in each round
+        "MixtralForCausalLM", _GROUPED | {"num_local_experts": 4, "experts_implementation": "eager"}, tokens
+    ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
         _GROUPED | _EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},

@@ -66,6 +66,17 @@ def test_a_record_without_statistics_is_not_whole(dump: StepDump) -> None:
     assert agreement(dump, compiled).coverage["L0"] == (3, 2, 1, (), ())
 
 
+def test_an_empty_tensor_has_no_statistics_and_may_be_missing_too(dump: StepDump) -> None:
+    eager, compiled = changed(dump), changed(dump)
+    for step in (eager, compiled):
+        step.data[LINEAR]["output"][0].update({"shape": [0], **dict.fromkeys(("Max", "Min", "Mean", "Norm"))})
+    assert agreement(eager, compiled).coverage["L0"] == (3, 3, 0, (), ())
+    compiled.data[LINEAR]["output"][0].update(shape=None, reason="rewritten away")
+    found = agreement(eager, compiled)
+    assert found.coverage["L0"] == (3, 2, 1, (), ())
+    assert found.worst == 0
+
+
 def test_what_eager_has_not_is_foreign(dump: StepDump) -> None:
     compiled = changed(dump)
     compiled.data["Module.2.Tanh.forward.0"] = compiled.data[RELU]

@@ -12,7 +12,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from msprobe_graph.taps.save_op import files, refuse
 
-save = torch.ops.msprobe_graph.save
+OPERATORS = [torch.ops.msprobe_graph.save, torch.ops.msprobe_graph.save_effect]
+save = OPERATORS[0]
 
 
 def saved(path: Path) -> list[torch.Tensor]:
@@ -103,20 +104,24 @@ def test_what_has_no_values_of_its_own_is_refused(kind: str) -> None:
 class Sine(torch.nn.Module):
     """Saves the sine of its input under `path`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, operator: Callable[[torch.Tensor, str], None] = save) -> None:
         super().__init__()
         self.path = str(path)
+        self.operator = operator
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
-        save(y, self.path)
+        self.operator(y, self.path)
         return y * 2
 
 
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_an_exported_program_saves_when_it_runs(tmp_path: Path, strict: bool, decomposed: bool) -> None:
-    exported = torch.export.export(Sine(tmp_path / "x"), (torch.ones(3),), strict=strict)
+def test_an_exported_program_saves_when_it_runs(
+    tmp_path: Path, operator: Callable[[torch.Tensor, str], None], strict: bool, decomposed: bool
+) -> None:
+    exported = torch.export.export(Sine(tmp_path / "x", operator), (torch.ones(3),), strict=strict)
     if decomposed:
         exported = exported.run_decompositions()
     assert saved(tmp_path / "x") == []
@@ -142,10 +147,13 @@ def test_vmap_saves_the_whole_batch_with_its_dimension_in_front(tmp_path: Path) 
     assert torch.equal(saved(tmp_path / "y")[0], x.sin().movedim(2, 0))
 
 
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_torch_func_transforms_pass_it_through(tmp_path: Path, compiled: bool) -> None:
-    x = torch.randn(3)
-    gradient = torch.func.grad(lambda x: Sine(tmp_path / "x")(x).sum())
+def test_torch_func_transforms_pass_it_through(
+    tmp_path: Path, operator: Callable[[torch.Tensor, str], None], compiled: bool
+) -> None:
+    x, model = torch.randn(3), Sine(tmp_path / "x", operator)
+    gradient = torch.func.grad(lambda x: model(x).sum())
     if compiled:
         gradient = torch.compile(gradient, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradient(x), x.cos() * 2)

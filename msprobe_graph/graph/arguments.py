@@ -1,0 +1,59 @@
+"""The arguments of a call in dynamo's graph as eager capture gets them.
+
+A Python function of torch's asks function modes with arguments of its own making: ``F.silu(x)`` arrives as ``silu(x,
+inplace=False)``. Dynamo's graph holds the call as the program made it. So the function is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import fx
+
+
+class Asked(NamedTuple):
+    """What a function mode is asked."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stand:
+    """Stands for a node's value in a call of a function that asks function modes."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Asked:
+        return Asked(function, _nodes(args), _nodes(kwargs or {}))
+
+
+def asked(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
+    """What a function mode is asked when `function` is called with these arguments, in which nodes stand for tensors.
+
+    For a function in C, or one that asks no modes, that is the call itself.
+    """
+    given = Asked(function, args, kwargs)
+    if not inspect.isfunction(function) or not function.__module__.startswith("torch."):
+        return given
+    stands: tuple[Any, Any] = fx.node.map_arg((args, kwargs), _Stand)
+    try:
+        found = function(*stands[0], **stands[1])
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it looked into its arguments
+        return given
+    return found if isinstance(found, Asked) else given
+
+
+def _nodes(nest: Any) -> Any:
+    if isinstance(nest, _Stand):
+        return nest.node
+    if isinstance(nest, dict):
+        return {key: _nodes(item) for key, item in nest.items()}
+    if type(nest) in (list, tuple):
+        return type(nest)(_nodes(item) for item in nest)
+    return nest

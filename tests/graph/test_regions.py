@@ -1,0 +1,275 @@
+"""Many graphs: breaks, regional compilation, recompiles, threads; and capture that is off leaves compiled code alone."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from msprobe_graph import PrecisionDebugger, flush, msprobe_backend
+from msprobe_graph.dump.reader import StepDump
+
+from .conftest import Both, Capture, Dumped, Mlp, Net, differences, holes, modules
+
+EAGER = {"inner": "eager"}
+
+
+def graphs() -> int:
+    """How many graphs dynamo has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Broken(nn.Module):
+    """A graph break in the middle and a number that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = Mlp()
+        self.between = nn.Linear(8, 8)
+        self.after = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x, scale=1.0)[0]
+        torch._dynamo.graph_break()
+        y = self.between(x) * float(x.sum().item())
+        return self.after(y, scale=2.0)[0]
+
+
+class Skipped(nn.Module):
+    """A module that dynamo doesn't compile at all, in one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.eager = Eager()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.eager(torch.tanh(self.fc(x)))) + 1
+
+
+class Eager(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.sin(x))
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+@pytest.mark.parametrize("model", [Broken, lambda: nn.Sequential(Broken(), Broken()), Skipped])
+def test_graph_breaks_change_nothing_in_a_dump(both: Both, model: Any, level: str) -> None:
+    x = torch.randn(2, 8)
+    eager, compiled = both(model().eval(), lambda run: run(x), level=level)
+    assert differences(eager, compiled) == []
+    assert graphs() > 1
+    assert eager.data
+
+
+def test_layers_compiled_one_by_one_share_a_graph_and_keep_their_names(capture: Capture) -> None:
+    model, x = Net(layers=4).eval(), torch.randn(2, 8)
+    eager = capture(model, lambda: model(x))
+    for layer in model.layers:
+        layer.compile(backend=msprobe_backend, options=EAGER)
+    compiled = capture(model, lambda: model(x))
+    assert differences(eager, compiled) == []
+    assert graphs() == 1
+    again = capture(model, lambda: model(x))
+    assert differences(eager, again) == []
+    assert graphs() == 1
+
+
+def test_regional_compilation_compiles_what_it_compiles_without_us(capture: Capture) -> None:
+    def compiled_graphs(**backend: Any) -> int:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Net(layers=3).eval()
+        for layer in model.layers:
+            layer.compile(**backend)
+        x = torch.randn(2, 8)
+        if backend["backend"] is msprobe_backend:
+            capture(model, lambda: model(x))
+        model(x)
+        model(x)
+        return graphs()
+
+    assert compiled_graphs(backend=msprobe_backend, options=EAGER) == compiled_graphs(backend="eager") == 1
+
+
+def test_a_compiled_part_of_an_eager_model(capture: Capture) -> None:
+    model, x = Net(layers=3).eval(), torch.randn(2, 8)
+    eager = capture(model, lambda: model(x))
+    model.layers[1] = torch.compile(model.layers[1], backend=msprobe_backend, options=EAGER)
+    assert differences(eager, capture(model, lambda: model(x))) == []
+
+
+def test_two_models_in_a_process(capture: Capture) -> None:
+    first, second, x = Net(layers=1).eval(), Net(layers=1).eval(), torch.randn(2, 8)
+    eager = capture([first, second], lambda: second(first.layers[0](x, scale=1.0)[0]))
+    one = torch.compile(first.layers[0], backend=msprobe_backend, options=EAGER)
+    other = torch.compile(second, backend=msprobe_backend, options=EAGER)
+    compiled = capture([first, second], lambda: other(one(x, scale=1.0)[0]))
+    assert differences(eager, compiled) == []
+    assert "Module.1.layers.0.up.Linear.forward.0" in compiled.data
+
+
+def test_recompiles_and_dynamic_shapes(both: Both) -> None:
+    inputs = [torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(4, 4, 8)]
+
+    def program(run: Any) -> None:
+        for x in inputs:
+            run(x)
+
+    eager, compiled = both(Net().eval(), program)
+    assert differences(eager, compiled) == []
+    assert 2 <= graphs() <= 3
+    assert [compiled.data[f"Module.head.Linear.forward.{n}"]["output"][0]["shape"] for n in range(5)] == [
+        [2, 3],
+        [3, 3],
+        [5, 3],
+        [2, 3],
+        [4, 4, 3],
+    ]
+
+
+def test_threads_do_not_see_each_others_values(capture: Capture) -> None:
+    model, x = Net(layers=1).eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+    numbers = range(1, 5)
+    inputs = {number: torch.full((2, 8), float(number)) for number in numbers}
+    inputs = {number: value * torch.arange(8.0) ** number for number, value in inputs.items()}
+    expected = {number: model(value) for number, value in inputs.items()}
+    errors: list[BaseException] = []
+
+    def program() -> None:
+        compiled(x)
+        together = threading.Barrier(len(numbers))
+
+        def work(number: int) -> None:
+            try:
+                together.wait()
+                assert torch.equal(compiled(inputs[number]), expected[number])
+            except BaseException as error:  # noqa: BLE001 - told by the test itself
+                errors.append(error)
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in numbers]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    with torch.no_grad():
+        step = capture(compiled, program)
+    assert errors == []
+    assert holes(step).keys() <= {"Module.layers.ModuleList"}
+    heads = [f"Module.head.Linear.forward.{number}" for number in range(5)]
+    assert set(heads) <= set(step.data)
+    for name in heads:
+        entry = step.data[name]
+        norms = {round(expected[n].norm().item(), 3): n for n in numbers}
+        assert len(norms) == 4
+        assert name == heads[0] or round(entry["output"][0]["Norm"], 3) in norms
+    assert len({step.data[name]["output"][0]["Norm"] for name in heads}) == 5
+
+
+def test_without_capture_nothing_is_compiled_anew_or_recorded(tmp_path: Path, dumped: Dumped) -> None:
+    """Between start and stop, before and after: the same compiled graph."""
+    counter = CompileCounter()
+    model, x = Net().eval(), torch.randn(2, 8)
+    debugger = PrecisionDebugger({"dump_path": str(tmp_path / "dump"), "level": "mix", "risk_level": "ALL"})
+    compiled = torch.compile(model, backend=msprobe_backend, options={"inner": counter})
+    for _ in range(2):
+        compiled(x)
+    before = torch._dynamo.utils.counters["stats"].copy()
+    for _ in range(2):
+        debugger.start(compiled)
+        compiled(x)
+        debugger.stop()
+        compiled(x)
+        debugger.step()
+    compiled(x)
+    debugger.flush()
+    assert counter.frame_count == 1
+    assert torch._dynamo.utils.counters["stats"] == before
+    found = dumped()
+    assert [list(step.data) for step in found.values()] == [list(found[0].data)] * 2
+    assert modules(found[0]) == [name for name in modules(found[0]) if name.endswith(".forward.0")]
+    assert len(modules(found[0])) == 10
+
+
+def test_the_counters_are_those_of_an_untapped_backend(capture: Capture) -> None:
+    def stats(backend: Any) -> dict[str, Any]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, x = nn.Sequential(Broken(), Broken()).eval(), torch.randn(2, 8)
+        compiled = torch.compile(model, backend=backend, options=EAGER if backend is msprobe_backend else None)
+        if backend is msprobe_backend:
+            capture(compiled, lambda: compiled(x))
+        compiled(x)
+        counters = torch._dynamo.utils.counters
+        return {"graphs": graphs(), "breaks": sum(counters["graph_break"].values())}
+
+    assert stats(msprobe_backend) == stats("eager")
+
+
+def test_one_debugger_after_another(tmp_path: Path, dumped: Dumped) -> None:
+    """The compiled graph stays; who captures is asked when it runs."""
+    model, x = Net().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+    for name in ("first", "second"):
+        debugger = PrecisionDebugger({"dump_path": str(tmp_path / name), "level": "mix", "risk_level": "ALL"})
+        with debugger.start(compiled):
+            compiled(x)
+    assert graphs() == 1
+    assert differences(dumped("first")[0], dumped("second")[0]) == []
+
+
+def test_a_debugger_that_was_not_started_captures_nothing(tmp_path: Path) -> None:
+    PrecisionDebugger({"dump_path": str(tmp_path / "dump"), "level": "mix"})
+    model, x = Net().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+    assert torch.equal(compiled(x), model(x))
+    flush()
+    assert not (tmp_path / "dump").exists()
+
+
+def test_without_a_debugger_all_is_step0(tmp_path: Path, capture: Capture, dumped: Dumped) -> None:
+    settings = {"dump_path": str(tmp_path / "dump"), "level": "mix", "risk_level": "ALL"}
+    model, x = Net().eval(), torch.randn(2, 8)
+    inputs = [x, x + 1, x + 2]
+    eager = capture(model, lambda: [model(each) for each in inputs])
+    compiled = torch.compile(model, backend="msprobe", options={**EAGER, "config_path": settings})
+    for each in inputs:
+        compiled(each)
+    flush()
+    found = dumped()
+    assert list(found) == [0]
+    assert inside(found[0]) == inside(eager)
+    assert "Module.head.Linear.forward.2" in found[0].data
+    # The outermost call runs when capture begins, in the middle of it: it counts, and it is not seen.
+    assert "Module.Net.forward.0" not in found[0].data
+    assert found[0].data["Module.Net.forward.1"]["output"] == eager.data["Module.Net.forward.1"]["output"]
+
+
+def test_several_models_share_a_config_and_step0(tmp_path: Path, dumped: Dumped) -> None:
+    settings = {"dump_path": str(tmp_path / "dump"), "level": "L1", "risk_level": "ALL"}
+    x = torch.randn(2, 8)
+    options = {**EAGER, "config_path": settings}
+    one = torch.compile(lambda x: torch.sin(x), backend="msprobe", options=options)
+    other = torch.compile(lambda x: torch.sin(x) * 2, backend="msprobe", options=options)
+    one(x)
+    other(x)
+    one(x)
+    flush()
+    names = ["Torch.sin.0.forward", "Torch.sin.1.forward", "Tensor.mul.0.forward", "Torch.sin.2.forward"]
+    assert list(dumped()[0].data) == names
+
+
+def inside(step: StepDump) -> dict[str, Any]:
+    return {name: entry for name, entry in step.data.items() if not name.startswith("Module.Net.")}
