@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -68,8 +69,17 @@ def leave_to_python(*modules: str) -> None:
 
 def around_compilations(begin: Callable[[], None], end: Callable[[], None]) -> None:
     """From now on, call `begin` before dynamo traces the first of the frames that it compiles in one go, and `end` when
-    it is done with them, in whatever way."""
+    it is done with them, in whatever way. Asked for again, it is done once."""
     from torch._dynamo.callback import callback_handler
 
-    callback_handler.register_start_callback(lambda _: begin())
-    callback_handler.register_end_callback(lambda _: end())
+    if all(known.__wrapped__ != begin for known in callback_handler.start_callbacks if hasattr(known, "__wrapped__")):
+        callback_handler.register_start_callback(_without_arguments(begin))
+        callback_handler.register_end_callback(_without_arguments(end))
+
+
+def _without_arguments(call: Callable[[], None]) -> Callable[[object], None]:
+    @wraps(call)
+    def ignoring(_: object) -> None:
+        call()
+
+    return ignoring

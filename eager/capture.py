@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.config.settings import Settings
 from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.dump.names import module_call
 from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.recorder import Recorder
 
@@ -21,10 +22,11 @@ from .compiled import Borders, survey
 from .context import Context
 from .fused import has_fused_path
 from .modes import ApiMode, AtenMode, ModeSwitch
-from .modules import ModuleHooks
+from .modules import ModuleHooks, ModuleTap
 from .unhooked import keep_out_of_compilations
 
 COMPILED = "it runs inside a compiled region, which eager capture leaves as it is"
+BEGUN = "its call had begun when capture did, with the first graph that was compiled in it"
 UNFUSED = (
     "under capture it computes step by step, not by its fused fast path: what is captured is right, but an untapped "
     "run may differ in the last bits"
@@ -66,7 +68,6 @@ class EagerCapture:
         """Modules inside compiled regions."""
         self._expected: list[str] = []
         """Modules that should have an entry in every step, as their entries' names begin."""
-        self._met_dynamo = False
         self._unfused: list[str] = []
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
@@ -76,19 +77,24 @@ class EagerCapture:
         """What compiled regions need to record into the same step."""
         return self._context
 
-    def watch(self, models: Mapping[str, nn.Module]) -> None:
-        """Put hooks on the models, given by the prefix of their modules' names ("" for a single model)."""
+    def watch(self, models: Mapping[str, nn.Module], running: Collection[nn.Module] = ()) -> None:
+        """Put hooks on the models, given by the prefix of their modules' names ("" for a single model).
+
+        running: modules whose calls have begun already. These count as calls, and are holes.
+        """
+        self.meet_dynamo()
         new = {prefix: model for prefix, model in models.items() if model not in self._watched}
         if not new:
             return
         self._watched.update(new.values())
-        self.meet_dynamo()
         self._context.paths.add(new)
         for prefix, model in new.items():
             modules, borders = survey(model, prefix)
+            late = [module for module in running if module not in self._hooks.taps]
             self._hooks.install(modules)
             if compiler_at_work():  # a backend asks for it: the hooks come when dynamo has ended
                 self._hooks.take_away()
+            self._miss([self._hooks.taps[module] for module in late if module in self._hooks.taps])
             for border in borders:
                 self._inside.update(dict.fromkeys(border.inside))
                 if self._borders is not None:
@@ -97,9 +103,17 @@ class EagerCapture:
         wanted = self._context.selection.may_want_module
         self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
 
+    def _miss(self, taps: list[ModuleTap]) -> None:
+        """Count a call of each that began before anyone looked."""
+        for tap in taps:
+            name = module_call(tap.prefix, "forward", self._context.numbering.next(tap.prefix))
+            self._context.numbering.advance(tap.prefix)
+            if self._hooks.records:
+                self._context.recorder.holes.append(Hole(name, BEGUN))
+
     def meet_dynamo(self) -> None:
-        """To be called when dynamo may have been imported since."""
-        self._met_dynamo = self._met_dynamo or keep_out_of_compilations(self._hooks)
+        """To be called when dynamo may have been imported or reset since."""
+        keep_out_of_compilations(self._hooks)
 
     def start(self) -> None:
         self._context.on = True

@@ -1,18 +1,17 @@
-"""Dump a model that runs eagerly and compiled, where the compiler was given a wrong tanh.
+"""Dump a model that runs eagerly, and compiled by a compiler that was given a wrong tanh.
 
-    python capture.py eager                          (output/eager beside this file)
-    python capture.py compiled                       (output/compiled)
-    python capture.py compiled blocks.0.activation   (output/opened: every operator of this module is told)
+    python capture.py eager                          (to output/eager beside this file)
+    python capture.py compiled                       (to output/compiled)
+    python capture.py compiled blocks.0.activation   (to output/opened: every operator of that module is captured)
 
-    msprobe-graph compare output/eager output/compiled
-
-A second argument `--folder FOLDER` puts the dumps there.
+Then `msprobe-graph compare output/eager output/compiled` says where they part: see docs/tutorial.md.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,16 @@ class Block(nn.Module):
         return x + change
 
 
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(16), Block(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x)
+        return y
+
+
 def fast_tanh(x: Tensor) -> Tensor:
     """The planted bug: good to 1 % as long as |x| < 1.5, wrong beyond."""
     return x * (27 + x * x) / (27 + 9 * x * x)
@@ -51,25 +60,24 @@ def fast_tanh(x: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", choices=["eager", "compiled"])
-    parser.add_argument("full_modules", nargs="*", metavar="MODULE", help="modules whose operators are all to be told")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "output")
+    parser.add_argument("full_modules", nargs="*", metavar="MODULE", help="modules whose operators are all captured")
     arguments = parser.parse_args()
 
     seed_all(1234)
-    model = nn.Sequential()
-    model.blocks = nn.Sequential(Block(16), Block(16))
-    model.eval()
+    model = Model().eval()
     batch = torch.randn(4, 16)
 
     name = arguments.run
+    program: Any = model
     if arguments.run == "compiled":
         decompositions[torch.ops.aten.tanh.default] = fast_tanh
         name = "opened" if arguments.full_modules else "compiled"
-        model = torch.compile(model, backend=msprobe_backend, options={"full_modules": arguments.full_modules})
+        program = torch.compile(model, backend=msprobe_backend, options={"full_modules": arguments.full_modules})
 
-    debugger = PrecisionDebugger({"level": "mix", "dump_path": str(arguments.folder / name)})
-    with torch.no_grad(), debugger.start(model):
-        model(batch)
+    dump = Path(__file__).resolve().parent / "output" / name
+    debugger = PrecisionDebugger({"task": "statistics", "level": "mix", "dump_path": str(dump)})
+    with torch.no_grad(), debugger.start(program):
+        program(batch)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import StepDump
 
-from .suspicion import made
+from .suspicion import is_made
 
 TOLERANCES = {
     "torch.float8_e5m2": 0.25,
@@ -41,6 +41,9 @@ EXACT = 1e-9
 """The tolerance for integers: room for the order in which a mean is added up."""
 UNSAID = "no manifest says why"
 
+_STATISTICS = ("Max", "Min", "Mean", "Norm")
+_COUNTS = ("nan_count", "posinf_count", "neginf_count")
+
 Side = Mapping[str, dict[str, Any]]
 """The tensor records of one entry, by position."""
 
@@ -52,7 +55,8 @@ class Difference(NamedTuple):
     a: dict[str, Any]
     b: dict[str, Any]
     what: str
-    """Of Max, Min, Mean and Norm the one that is furthest apart; or shape, nan_count, posinf_count, neginf_count, md5."""
+    """Of Max, Min, Mean and Norm the one that is furthest apart; or shape, md5, nan_count, posinf_count,
+    neginf_count."""
     apart: float
     parts: bool
     """Whether that is more than the tolerance."""
@@ -76,14 +80,14 @@ class Compared(NamedTuple):
     @property
     def worst(self) -> Difference:
         """The difference furthest apart, outputs before inputs. There must be one."""
-        return max(self.differences, key=lambda each: (each.parts, made(each.position), each.apart))
+        return max(self.differences, key=lambda each: (each.parts, is_made(each.position), each.apart))
 
     @property
     def inputs(self) -> str:
         """Whether what it was given agrees, parts, or is not seen. A part that is not seen may agree or not."""
-        if any(each.parts for each in self.differences if not made(each.position)):
+        if any(each.parts for each in self.differences if not is_made(each.position)):
             return "part"
-        return "not seen" if any(not made(position) for position in self.unseen) else "agree"
+        return "not seen" if any(not is_made(position) for position in self.unseen) else "agree"
 
     @property
     def is_origin(self) -> bool:
@@ -209,16 +213,16 @@ def distance(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, float]:
         return "shape", math.inf
     if "md5" in a and a.get("md5") == b.get("md5") and a["dtype"] == b["dtype"]:
         return "Max", 0.0
-    for count in ("nan_count", "posinf_count", "neginf_count"):
+    for count in _COUNTS:
         if a.get(count, 0) != b.get(count, 0):
             return count, math.inf
     if a["Max"] is None or b["Max"] is None:
         return ("md5", math.inf) if "md5" in a and "md5" in b else ("Max", 0.0)
     finite = "finite_" if "finite_Max" in a and "finite_Max" in b else ""
-    size = math.prod(a["shape"]) - sum(a.get(count, 0) for count in ("nan_count", "posinf_count", "neginf_count"))
+    size = math.prod(a["shape"]) - sum(a.get(count, 0) for count in _COUNTS)
     norms = [abs(record[f"{finite}Norm"]) for record in (a, b)]
     rms = max(norms) / math.sqrt(max(size, 1))
-    apart = {name: _relative(a[f"{finite}{name}"], b[f"{finite}{name}"], rms) for name in ("Max", "Min", "Mean", "Norm")}
+    apart = {name: _relative(a[f"{finite}{name}"], b[f"{finite}{name}"], rms) for name in _STATISTICS}
     worst = max(apart, key=lambda name: apart[name])
     return worst, apart[worst]
 

@@ -41,10 +41,10 @@ def suspicions(step: StepDump) -> Iterator[tuple[TensorAt, Suspicion | None]]:
     unmade = {"NaN", "Inf"}  # kinds whose first maker has not come yet
     for _, group in groupby(step.tensors(), key=lambda tensor: tensor.entry):
         tensors = [(tensor, nonfinite(tensor.record)) for tensor in group]
-        given = set().union(*(kinds for tensor, kinds in tensors if not made(tensor.position)))
+        given = set().union(*(kinds for tensor, kinds in tensors if not is_made(tensor.position)))
         made: set[str] = set()
         for tensor, kinds in tensors:
-            new = _new(kinds, given) if made(tensor.position) else set()
+            new = _new(kinds, given) if is_made(tensor.position) else set()
             yield tensor, _judge(tensor, kinds, new, first=new & unmade)
             made |= new
         unmade -= made
@@ -66,7 +66,7 @@ def nonfinite(record: dict[str, Any]) -> set[str]:
     return {"NaN" for value in floats if math.isnan(value)} | {"Inf" for value in floats if math.isinf(value)}
 
 
-def made(position: str) -> bool:
+def is_made(position: str) -> bool:
     """Whether the tensor at `position` is what its entry made, rather than what it was given."""
     return position.partition(".")[0] not in _INPUTS
 
@@ -87,7 +87,7 @@ def _judge(tensor: TensorAt, kinds: set[str], new: set[str], first: set[str]) ->
     largest = LARGEST.get(tensor.record["dtype"])
     if largest is not None and max(map(abs, extremes)) > largest / 2:
         return Suspicion(f"near the largest {tensor.record['dtype'].removeprefix('torch.')}")
-    if extremes == (0, 0) and made(tensor.position) and math.prod(tensor.record["shape"]) > 1:
+    if extremes == (0, 0) and is_made(tensor.position) and math.prod(tensor.record["shape"]) > 1:
         return Suspicion("all zero")
     return None
 

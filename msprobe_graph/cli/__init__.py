@@ -5,8 +5,8 @@
     msprobe-graph show DUMP [--step N] [--rank R] [--entry SUBSTRING] [--suspicious]
     msprobe-graph compare A B [--step N] [--rank R] [--tolerance T] [--all]
 
-Exit codes: 0; 1 where two dumps part; 2 with one sentence on stderr for arguments that can't be used, a wrong path among
-them.
+Exit codes: 0; 1 where two dumps part; 2 with one sentence on stderr for arguments that can't be used, a wrong path
+among them.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     compare_parser = commands.add_parser(
         "compare",
         help="find where two dumps part",
-        description="Compares two dumps of one program, entry by entry, and names the first whose inputs agree and whose "
-        "output does not. Exit code 1 where they part, 0 where they agree. Two tensors are as far apart as the worst of "
-        "their Max, Min, Mean and Norm: |b - a| / max(Norm / sqrt(number of values), |a|, |b|).",
+        description="Compares two dumps of one program, entry by entry, and names the first whose inputs agree and "
+        "whose output does not. Exit code 1 where they part, 0 where they agree. Two tensors are as far apart as the "
+        "worst of their Max, Min, Mean and Norm: |b - a| / max(Norm / sqrt(number of values), |a|, |b|).",
     )
     compare_parser.add_argument("a", type=Path, metavar="A", help="a dump_path, or a step or process folder in it")
     compare_parser.add_argument("b", type=Path, metavar="B", help="the other; the table is in its order")
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=float,
         metavar="T",
-        help="how far apart agrees (default: by the coarsest dtype in the dumps, float32 1e-4, bfloat16 and float16 2e-2)",
+        help="how far apart still agrees (default: by the coarsest dtype in the dumps, float32 1e-4, bfloat16 and "
+        "float16 2e-2)",
     )
     compare_parser.add_argument("--all", action="store_true", help="all entries that part, not only the first ones")
     return parser

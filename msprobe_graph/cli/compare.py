@@ -14,6 +14,8 @@ from msprobe_graph.analysis.compare import Compared, Comparison, compare
 from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import DumpError, StepDump, read, steps
 
+from .show import number
+
 ROWS = 20
 """As many entries the table holds unless all are asked for."""
 
@@ -25,9 +27,7 @@ class Found(NamedTuple):
     part: bool
 
 
-def compare_dumps(
-    a: Path, b: Path, step: int | None, rank: int | None, tolerance: float | None, whole: bool
-) -> Found:
+def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, tolerance: float | None, whole: bool) -> Found:
     """Compare the steps that are in both, each with a line, and the first that parts in detail.
 
     `step`, `rank`: only these; `whole`: the table without an end. DumpError where the two have nothing in common.
@@ -35,7 +35,7 @@ def compare_dumps(
     joined = [
         (place, folder_a, folder_b)
         for place, folder_a, folder_b in _joined(steps(a.resolve()), steps(b.resolve()))
-        if step in (None, _number(folder_b.parent)) and rank in (None, _number(folder_b))
+        if step in (None, number(folder_b.parent, "step")) and rank in (None, number(folder_b, "rank"))
     ]
     if not joined:
         raise DumpError(f"{a} and {b} have no such step in common")
@@ -77,14 +77,8 @@ def _joined(folders_a: list[Path], folders_b: list[Path]) -> Iterator[tuple[str,
 def _by_step(folders: list[Path]) -> dict[int | None, dict[str, Path]]:
     found: dict[int | None, dict[str, Path]] = {}
     for folder in folders:
-        found.setdefault(_number(folder.parent), {})[folder.name] = folder
+        found.setdefault(number(folder.parent, "step"), {})[folder.name] = folder
     return found
-
-
-def _number(folder: Path) -> int | None:
-    """The N of ``step<N>``, ``rank<N>``."""
-    digits = folder.name.lstrip("abcdefghijklmnopqrstuvwxyz")
-    return int(digits) if digits.isdecimal() else None
 
 
 def _counts(found: Comparison) -> str:

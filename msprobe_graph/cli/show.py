@@ -37,14 +37,14 @@ def _chosen(folders: list[Path], dump: Path, step: int | None, rank: int | None)
     if len(roots := {str(folder.parent.parent): None for folder in folders}) > 1:
         raise DumpError(f"{dump} holds several dumps: show one of {_listed(roots)}")
     for folder in folders:
-        if step in (None, _number(folder.parent, "step")) and rank in (None, _number(folder, "rank")):
+        if step in (None, number(folder.parent, "step")) and rank in (None, number(folder, "rank")):
             return folder
     wanted = [f"{name}{number}" for name, number in (("step", step), ("rank", rank)) if number is not None]
     there = _listed(f"{folder.parent.name}/{folder.name}" for folder in folders)
     raise DumpError(f"{dump} has no {'/'.join(wanted)}: there is {there}")
 
 
-def _number(folder: Path, kind: str) -> int | None:
+def number(folder: Path, kind: str) -> int | None:
     """The N of a folder called ``<kind><N>``."""
     number = folder.name.removeprefix(kind)
     return int(number) if number != folder.name and number.isdecimal() else None

@@ -62,7 +62,7 @@ def _session_of(options: GraphOptions) -> Session:
     settings = load_settings(options.config_path)
     alike = (each for each in sessions.opened(Session) if not each.debugged and each.settings == settings)
     session = next(alike, None) or Session(settings, debugged=False)
-    session.follow({"": module for module in module_calls()[-1:]})
+    session.follow(module_calls())
     return session
 
 

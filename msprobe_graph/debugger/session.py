@@ -93,15 +93,17 @@ class Session:
         self._dirty = self.capturing = True
         capture.start()
 
-    def follow(self, models: Mapping[str, nn.Module]) -> None:
-        """Capture the compiled graphs of `models`, and the modules that run eagerly between them, from here on.
+    def follow(self, running: Sequence[nn.Module]) -> None:
+        """Capture the compiled graphs of the outermost of the modules that are `running`, innermost first, and the
+        modules that run eagerly between them, from here on.
 
-        A module that is running now is counted as called, but its call is not seen.
+        What runs now is counted as called, but its call is not seen.
         """
+        models = {"": module for module in running[-1:]}
         opened = self._opened(models) if self.wanted() else None
         if opened is not None:
             _, capture = opened
-            capture.watch(models)
+            capture.watch(models, running)
             self._dirty = self.capturing = True
             capture.context.on = True
 

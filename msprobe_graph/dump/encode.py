@@ -42,6 +42,18 @@ def complete(record: TensorRecord, found: Statistics) -> None:
             record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
 
 
+_STATISTICS = (
+    *("Max", "Min", "Mean", "Norm", "nan_count", "posinf_count", "neginf_count"),
+    *("finite_Max", "finite_Min", "finite_Mean", "finite_Norm"),
+)
+
+
+def share(measured: TensorRecord, other: TensorRecord) -> None:
+    """Give `other`, of the same values, the statistics of a record that is complete."""
+    for name in _STATISTICS:
+        setattr(other, name, getattr(measured, name))
+
+
 def describe(value: Any) -> Any:
     """An argument that is no tensor: ``{"type": "int", "value": 3}``. Of a type that a dump does not describe, only the
     name is kept, never the object."""

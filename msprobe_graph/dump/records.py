@@ -138,6 +138,8 @@ class Step(msgspec.Struct):
     """Where the statistics of this step's records come from; None where none were taken."""
     records: dict[int, TensorRecord] = {}
     """The records that this step has measured, by row."""
+    shared: list[tuple[TensorRecord, TensorRecord]] = []
+    """Records with the statistics of another one: the other one, and they."""
     holes: list[Hole] = []
     requests: list[Request] = []
     graphs: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from .boundary import Boundary
-from .encode import complete, document, encoded, tree
+from .encode import complete, document, encoded, share, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
 from .records import Hole, Step
@@ -205,6 +205,8 @@ class Writer:
             statistics = step.rows.fetch()
             for row, record in step.records.items():
                 complete(record, statistics[row])
+            for measured, other in step.shared:
+                share(measured, other)
         files = {
             "dump.json": document(self._head(step), encoded(step.entries)),
             "stack.json": tree(grouped(step.entries)),

@@ -34,7 +34,7 @@ class Named(NamedTuple):
 
 
 class Entries:
-    """`take` is called for each value, then `record_forward`, and `record_backward` if there is a backward pass."""
+    """`take` or `take_passing` is called for each value, then `record_forward`, and `record_backward` if there is a backward pass."""
 
     def __init__(self, plan: Plan, context: Context, inputs: Sequence[Any], reasons: Mapping[int, str]) -> None:
         self._plan = plan
@@ -43,16 +43,24 @@ class Entries:
         self._prefixes = _prefixes(plan, context, inputs)
         self._found: dict[tuple[int, str | None], Any] = {}
         """The values seen, as records: by id, and by the file where a value is saved."""
+        self._measured: dict[int, TensorRecord] = {}
+        """Records of what taps have seen, by the id of the value itself or of the one it is a view of."""
         self._forward: dict[int, Entry] = {}
         """The forward entries, by call."""
         self._named = self._number_calls()
         self._files = self._find_files()
 
     def take(self, ref: int, value: Any) -> None:
-        """The value, or gradient, of that id, as it is now."""
-        recorder = self._context.recorder
+        """An input or output of the graph, by its id, as it is now."""
         for stem in self._files.get(ref, (None,)):
-            self._found[ref, stem] = recorder.value(value, stem)
+            self._found[ref, stem] = self._context.recorder.value(value, stem)
+
+    def take_passing(self, ref: int, value: torch.Tensor) -> None:
+        """What a tap sees of a value, or gradient, of that id."""
+        base = self._plan.same.get(ref, ref)
+        for stem in self._files.get(ref, (None,)):
+            record = self._context.recorder.passing(value, stem, self._measured.get(base))
+            self._found[ref, stem] = self._measured[base] = record
 
     def record_forward(self) -> None:
         """Entries in the order in which the calls end, as in eager code."""

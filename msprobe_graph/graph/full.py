@@ -15,7 +15,6 @@ from .exact import chained_uuid
 from .stamps import Wanted, find, find_gradients, gradient_flow
 from .tap_op import KEEP, TAP
 
-
 MOST_VALUES = 16
 """In one tap."""
 
@@ -89,7 +88,9 @@ def _runs(graph: fx.Graph, behind: Collection[fx.Node]) -> Iterator[list[fx.Node
 
 def _only_computes(node: fx.Node) -> bool:
     """Whether a tap of its arguments may as well come behind it: it can't become an operator that writes them."""
-    return node.op == "placeholder" or isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+    if node.op == "placeholder":
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
 
 
 def _kind(graph: fx.Graph) -> str:

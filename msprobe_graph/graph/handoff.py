@@ -22,6 +22,9 @@ AT_DYNAMO_LEVEL = (
 )
 
 
+NO_BACKWARD = "backward passes of this graph are not captured: the inner backend {} has none that taps could lie in"
+
+
 class Compiled(NamedTuple):
     """What an inner backend made of a graph."""
 
@@ -61,10 +64,11 @@ def hand_on(
         tapped = _tapped_by(FullPass(wanted, digest))
         return Compiled(backend(module, inputs, fw_compiler=tapped, bw_compiler=tapped, **arguments))
     _tap_dynamo_graph(module, wanted)
-    if inner == "eager":
-        return Compiled(backend(module, inputs, **arguments))
     name = inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner))
-    return Compiled(backend(module, inputs, **arguments), [AT_DYNAMO_LEVEL.format(name)])
+    remarks = [] if inner == "eager" else [AT_DYNAMO_LEVEL.format(name)]
+    if any(ref % 2 for ref in wanted):
+        remarks.append(NO_BACKWARD.format(name))
+    return Compiled(backend(module, inputs, **arguments), remarks)
 
 
 def _tapped_by(tap: FullPass) -> Callable[..., Any]:

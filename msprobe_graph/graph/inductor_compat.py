@@ -46,7 +46,7 @@ def check() -> None:
         raise Unsupported(f"torch {torch.__version__}: Inductor has no {', '.join(missing)}; use fidelity 'full'")
 
 
-@lowering.register_lowering(KEEP, type_promotion_kind=None)  # type: ignore[no-untyped-call, untyped-decorator]
+@lowering.register_lowering(KEEP, type_promotion_kind=None)
 def _keep() -> None:
     """GraphLowering is an fx.Interpreter that forgets what each node became after its last use: not this time."""
     V.graph.garbage_collect_values = False
@@ -71,7 +71,7 @@ def before_last_usage(insert: Callable[[Schedule], None]) -> None:
         insert(Schedule(running))
         compute()
 
-    running.compute_last_usage = compute_last_usage
+    running.compute_last_usage = compute_last_usage  # type: ignore[method-assign]
 
 
 class Hole(NamedTuple):
@@ -290,7 +290,7 @@ class _Storages:
 
 def _origin(buffer: ir.Buffer) -> fx.Node | None:
     """The FX node that a buffer written in place stands for."""
-    operation = getattr(buffer, "mutating_node", buffer)
+    operation: Any = getattr(buffer, "mutating_node", buffer)
     found = getattr(operation, "fx_node", None) or operation.get_origin_node()
     if found is None:
         origins = [origin for origin in operation.get_origins() if isinstance(origin, fx.Node)]
@@ -350,7 +350,7 @@ def _reinterpreted(view: ir.BaseView) -> ir.ReinterpretView | Hole:
 
 def _storage_box(view: ir.BaseView) -> ir.IRNode:
     data: Any = view.data
-    while isinstance(data, ir.BaseView) or isinstance(data, ir.TensorBox):
+    while isinstance(data, (ir.BaseView, ir.TensorBox)):
         data = data.data
     assert isinstance(data, ir.IRNode)
     return data

@@ -23,6 +23,7 @@ from .plan import Plan, gradient_id, node_of, refs, value_id
 from .region import Region
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
+from .views import whole_views
 
 _marks = Marks()
 
@@ -47,6 +48,7 @@ def lower(
     selection = Selection(settings, operators.risk)
     wants_api = selection.may_want_api if apis else lambda name: False
     plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
+    plan.same = whole_views(list(module.graph.nodes))
     stamp(module)
     wanted = _wanted(plan, values(module.graph), selection.backward)
     if not plan.calls:

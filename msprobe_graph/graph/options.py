@@ -58,7 +58,7 @@ def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphO
     if not isinstance(inner, str) and not callable(inner):
         raise ConfigError(f"backend msprobe: the option inner is {inner!r}; it is a backend's name or a callable")
     modules = ours.get("full_modules", ())
-    if isinstance(modules, str) or not all(isinstance(name, str) for name in modules):
+    if not isinstance(modules, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in modules):
         raise ConfigError(
             f"backend msprobe: the option full_modules is {modules!r}; it is a list of qualified module names"
         )

@@ -124,5 +124,7 @@ class Plan(msgspec.Struct):
     anchors: dict[str, list[tuple[int, str]]]
     """By a place's root: inputs that are parameters or buffers below it, as position and path. At run time they tell
     which module the root is."""
+    same: dict[int, int] = {}
+    """Ids of values that are views of others with all their elements, and the ids of these."""
     holes: list[str] = []
     """What could not be learned of the graph, one sentence each."""

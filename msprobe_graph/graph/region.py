@@ -133,7 +133,7 @@ class Invocation:
             self._region.reasons.update((int(ref), REASONS[code]) for ref, code in missing.items())
         with unseen(), torch.no_grad():
             for ref, value in zip(ids, values, strict=True):
-                self._entries.take(ref, value)
+                self._entries.take_passing(ref, value)
 
     def _follow_backward(self, outputs: Sequence[Any]) -> None:
         """Listen while the graph's backward pass runs, too."""

@@ -90,10 +90,13 @@ def _returned(node: fx.Node) -> int | None:
     return places[0] if len(places) == 1 else None
 
 
-_MAY_CHANGE_NOTHING = frozenset(
-    "contiguous to float half bfloat16 double type type_as dropout view reshape view_as expand expand_as flatten "
-    "squeeze unsqueeze detach alias identity cpu cuda npu".split()
-)
+# fmt: off
+_MAY_CHANGE_NOTHING = frozenset({
+    "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda", "npu",
+    "view", "view_as", "reshape", "expand", "expand_as", "flatten", "squeeze", "unsqueeze", "detach", "alias",
+    "identity", "dropout",
+})
+# fmt: on
 
 
 def _unchanged(node: fx.Node, example: torch.Tensor) -> fx.Node | None:
@@ -118,9 +121,9 @@ def _name(target: Any) -> str:
 
 def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     """The arguments that a custom operator's schema says it writes, by name, in the schema's order."""
-    overload = node.target
+    overload: Any = node.target
     if isinstance(overload, torch._ops.OpOverloadPacket):
-        names = overload.overloads()
+        names = overload.overloads()  # type: ignore[no-untyped-call]
         overload = getattr(overload, names[0]) if len(names) == 1 else None
     if not isinstance(overload, torch._ops.OpOverload):
         return
@@ -182,9 +185,7 @@ def _find_result(group: list[fx.Node], value: Wanted) -> Found | None:
 
 def _find_item(group: list[fx.Node], value: Wanted, rivals: list[Wanted]) -> Found | None:
     items = [
-        node
-        for node in group
-        if _name(node.target) == "getitem" and node.args[1] == value.item and fits(node, value)
+        node for node in group if _name(node.target) == "getitem" and node.args[1] == value.item and fits(node, value)
     ]
     if len(items) == 1:
         return Found(items[0], items[0])
@@ -204,7 +205,7 @@ def _find_written(group: list[fx.Node], value: Wanted) -> Found | None:
 
 def _functionalized(node: fx.Node, value: Wanted) -> Iterator[fx.Node]:
     """The items of an auto-functionalized operator's outputs that are the written argument."""
-    if not (isinstance(node.target, torch._ops.HigherOrderOperator) and "auto_functionalized" in node.target.name()):
+    if not (isinstance(node.target, torch._ops.HigherOrderOperator) and "auto_functionalized" in str(node.target)):
         return
     overload = node.args[0]
     if not isinstance(overload, torch._ops.OpOverload):

@@ -48,6 +48,7 @@ class Recorder:
         self._number = number
         self._rows = Rows()
         self._records: dict[int, TensorRecord] = {}
+        self._shared: list[tuple[TensorRecord, TensorRecord]] = []
         self._measured.begin(number)
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
@@ -66,6 +67,7 @@ class Recorder:
             entries=[*self.entries.values(), *late],
             rows=self._rows if self._measures else None,
             records=dict(self._records),
+            shared=list(self._shared),
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             graphs=[describe_graph() for describe_graph in self.graphs.values()],
@@ -92,6 +94,23 @@ class Recorder:
             fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
             return self._fields(fields, stem, depth)
         return describe(value)
+
+    def passing(self, tensor: torch.Tensor, stem: str | None, same: TensorRecord | None) -> TensorRecord:
+        """The record of a tensor that exists for this moment only, such as a compiled program's buffer.
+
+        same: the record of a tensor with the same values, in this order or another: then it is not measured again.
+        """
+        if self.cut:
+            tensor = _sliced(tensor, self.cut)
+        if same is None or self._checksum is not None:
+            record = self._read(tensor, stem)
+        else:
+            record = TensorRecord("torch.Tensor", same.dtype, tensor.shape, None, None, None, None, False)
+            record.reason = same.reason
+            self._shared.append((same, record))
+        if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, None, f"{stem}.pt"):
+            record.data_name = f"{stem}.pt"
+        return record
 
     def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
         return {

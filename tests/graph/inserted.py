@@ -141,7 +141,7 @@ class Run:
         call = compile_fx(module, inputs, config_patches=patches)
 
         def run(*args: Any) -> Any:
-            self.args = args
+            self.args = [_fresh(argument) for argument in args]
             return call(*args)
 
         return run
@@ -180,6 +180,8 @@ class Interpreted(fx.Interpreter):
         if isinstance(result, torch.Tensor) and n.op != "output":
             id = 2 * self._index[n]
             self.values[id] = result.detach().clone()
+            # What an operation has written in place is its result from then on, and has its gradient.
+            self._live = {other: tensor for other, tensor in self._live.items() if tensor is not result}
             self._live[id] = result
             if result.requires_grad:
                 result.retain_grad()
@@ -193,10 +195,13 @@ def _fresh(argument: Any) -> Any:
 
 
 def assert_right(run: Run, train: bool = False, tolerance: float = 1e-4) -> None:
-    """Each value that came is the one that dynamo's graph computes, within `tolerance` of its largest element."""
+    """Each value that came is the one that dynamo's graph computes, within `tolerance` of its largest element. Eager
+    mode can't tell the gradients of what is written in place later."""
     expected = Interpreted(run, train).values
     assert run.received.values
     for id, value in run.received.values.items():
+        if id % 2 and id not in expected:
+            continue
         reference = expected[id]
         name = f"{run.nodes[id // 2].name}{' (gradient)' if id % 2 else ''}"
         assert (value.shape, value.dtype) == (reference.shape, reference.dtype), name

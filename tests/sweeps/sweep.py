@@ -18,6 +18,8 @@ Below it stand the shares over all architectures, the reasons of the holes, and 
 ends with status 1:
 
 - exact: the outputs differ, though two untapped programs agree;
+- the program is compiled in other graphs than without us, or breaks elsewhere (what a dump then holds would be eager
+  capture's, of another program);
 - the compiled dump has an L0 entry, or a position in one, that eager's has not;
 - an L0 entry of eager's, or a position in one, is missing without a reason;
 - fewer than 60 % of eager's L0 entries are whole (full: 95 %);
@@ -85,6 +87,11 @@ def violations(report: Report, dtype: str, fidelity: str) -> Iterator[str]:
         return
     if fidelity == "exact" and report.deterministic and not report.equal:
         yield "the outputs differ from the untapped program's"
+    if (report.captured_graphs, report.captured_breaks) != (report.graphs, report.breaks):
+        yield (
+            f"capture has changed what is compiled: {report.captured_graphs} graphs instead of {report.graphs}, "
+            f"breaks: {report.captured_breaks or 'none'}"
+        )
     modules = report.agreement.coverage["L0"]
     if modules.foreign:
         yield f"eager has no {_some(modules.foreign)}"

@@ -1,0 +1,24 @@
+"""What dynamo finds in our module hooks, if it comes upon them: nothing.
+
+The hooks are kept out of its way (`unhooked`), but ``torch._dynamo.reset()`` forgets about that. The only file of this
+package that dynamo may trace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modules import ModuleTap
+
+
+@torch.compiler.substitute_in_graph(ModuleTap.enter)  # type: ignore[arg-type]
+def enter(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any) -> None:
+    return None
+
+
+@torch.compiler.substitute_in_graph(ModuleTap.leave)  # type: ignore[arg-type]
+def leave(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    return None
