@@ -11,7 +11,7 @@ from msprobe_graph.dump.names import api_entry, module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole, TensorRecord
 from msprobe_graph.eager.context import Context
 
-from .plan import Absent, Call, Place, Plan, Ref, Value, node_of, tensors, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, node_of, refs, tensors, value_id
 
 NOT_SEEN = "the compiled program does not hold it in memory"
 SHARED = "other parts of the program use this tensor too, and compiled code adds their gradients up in its own order"
@@ -75,9 +75,13 @@ class Entries:
 
     def record_backward(self) -> None:
         """Entries in the order in which eager autograd ends with the calls: the last one first, an inner one before
-        its outer one."""
+        its outer one, unless that has no gradient to give and ends as soon as it has got its own."""
         calls = self._plan.calls
-        for index in sorted(self._forward, key=lambda index: calls[index].begin, reverse=True):
+
+        def first(index: int) -> int:
+            return calls[index].begin if any(calls[index].gives) else calls[index].end
+
+        for index in sorted(self._forward, key=first, reverse=True):
             call, forward = calls[index], self._forward[index]
             entry = self._entry(call, self._named[index], "backward", self._backward_parts(call))
             if entry is not None:
@@ -140,18 +144,25 @@ class Entries:
             parts.append(("output", "output", call.gives if any(call.gives) else []))
         return parts
 
-    def _find_files(self) -> dict[int, list[str]]:
-        """By id of a value: the starts of the names of the files it is to be saved in."""
-        found: dict[int, list[str]] = {}
+    def _find_files(self) -> dict[int, list[str | None]]:
+        """By id of a value: the starts of the names of the files it is to be saved in, None for where it is not. Values
+        that are saved nowhere are left out."""
+        found: dict[int, list[str | None]] = {}
+        elsewhere: set[int] = set()
         for call, named in zip(self._plan.calls, self._named, strict=True):
             if not named.wanted:
                 continue
             directions = (("forward", self._forward_parts), ("backward", self._backward_parts))
             for direction, parts in directions:
                 name = named.entry(call.kind, direction)
-                if self._context.selection.saves(name):
-                    for _, part, nest in parts(call):
+                saves = self._context.selection.saves(name)
+                for _, part, nest in parts(call):
+                    if saves:
                         _add_stems(nest, f"{name}.{part}", found)
+                    else:
+                        elsewhere.update(ref.id for ref in refs(nest))
+        for ref in elsewhere & found.keys():
+            found[ref].append(None)
         return found
 
     def _entry(self, call: Call, named: Named, direction: Any, parts: list[Part]) -> Entry | None:
@@ -176,7 +187,7 @@ class Entries:
         entry.module = path = self._path(call.place)
         if path is None and inside is not None:
             entry.module = inside.path
-        if call.inside is not None and self._named[call.inside].wanted:
+        if call.inside is not None:
             entry.parent = self._named[call.inside].entry("module", "forward")
         elif inside is not None:
             entry.parent = inside.name
@@ -222,7 +233,7 @@ def _unseen_record(value: Value, reason: str) -> TensorRecord:
     return record
 
 
-def _add_stems(nest: Any, stem: str, found: dict[int, list[str]]) -> None:
+def _add_stems(nest: Any, stem: str, found: dict[int, list[str | None]]) -> None:
     if isinstance(nest, Ref):
         found.setdefault(nest.id, []).append(stem)
     elif isinstance(nest, (list, dict)):
