@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 def fast_tanh(x: Tensor) -> Tensor:
-    """The planted bug: good to 1 % as long as |x| < 1.5, wrong beyond."""
+    """The planted bug: exact at zero, up to 2.6 % off near |x| = 1.5."""
     return x * (27 + x * x) / (27 + 9 * x * x)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomSchedulerPass, CustomSchedulerPassCallable
 
 from . import inductor_compat as inductor
+from .inductor_compat import SchedulerPass
 from .stamps import Found, Wanted, find, find_gradients
 
 REASONS = {
@@ -52,7 +52,7 @@ class Report(NamedTuple):
         )
 
 
-class ExactPass(CustomSchedulerPass):
+class ExactPass(SchedulerPass):
     """Inductor's `_post_fusion_custom_pass` that taps the `wanted` values (by value id) that are in memory.
 
     It leaves the nodes that it is given alone. The taps go in at the last moment, and only where no generated function
@@ -61,7 +61,7 @@ class ExactPass(CustomSchedulerPass):
     """
 
     def __init__(
-        self, wanted: Mapping[int, Wanted], digest: str, chained: CustomSchedulerPassCallable | None = None
+        self, wanted: Mapping[int, Wanted], digest: str, chained: Callable[[list[Any]], list[Any]] | None = None
     ) -> None:
         inductor.check()
         self._wanted = wanted

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomGraphPassCallable
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .exact import chained_uuid
 from .stamps import Wanted, find, find_gradients, gradient_flow
@@ -31,7 +31,7 @@ class FullPass(CustomGraphPass):
         wanted: Mapping[int, Wanted],
         digest: str,
         ids: Collection[int] | None = None,
-        chained: Sequence[CustomGraphPassCallable] = (),
+        chained: Sequence[Callable[[fx.Graph], None]] = (),
     ) -> None:
         """`ids` None: all."""
         self._marks = bool(wanted)

@@ -10,12 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
-from torch._inductor import dependencies, ir, lowering, scheduler
+from torch._inductor import custom_graph_pass, dependencies, ir, lowering, scheduler
 from torch._inductor.utils import sympy_dot
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
 from .tap_op import KEEP, TAP
+
+# torch 2.11 takes any callable; its caches tell our passes by post_grad_custom_post_pass alone.
+SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 
 GraphKind = Literal["inference", "forward", "backward"]
 

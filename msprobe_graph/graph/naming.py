@@ -28,6 +28,7 @@ from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
 NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it is not handed to it"
+IN_BODY = "it is in the body of a higher-order operator (activation checkpointing), where no taps lie"
 WRITTEN = "it was changed in place before, in a way that compiled code keeps no value of"
 NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
 
@@ -79,7 +80,8 @@ class _Naming:
         for position, node in enumerate(self._inner):
             while left and left[-1].at <= position:
                 self._mark(left.pop())
-            self._function_call(node)
+            for each in (node, *_in_body(node)):
+                self._function_call(each)
         while left:
             self._mark(left.pop())
         inputs = {value_id(self._index[node]): at for at, node in enumerate(self._inputs.values())}
@@ -142,7 +144,7 @@ class _Naming:
             return
         args, kwargs = self._operators.as_written(name, args, kwargs)
         now = self._now()
-        self._at = self._positions[node]
+        self._at = self._positions.get(node, 0)
         arguments = self._nest(list(args)), self._nest(dict(kwargs))
         self._at += 1
         output = self._outputs(node)
@@ -194,6 +196,8 @@ class _Naming:
         if not isinstance(value, torch.Tensor):
             # Nothing, a number that the program computes as it runs, or a tuple of tensors.
             return describe(None) if value is None else {"type": _python_type(value), "value": None}
+        if node not in self._index:
+            return Absent(Value.of(value), IN_BODY)
         current = self._writes.value_at(node, self._at)
         if current is None:
             return Absent(Value.of(value), WRITTEN)
@@ -272,6 +276,25 @@ def api_call(node: fx.Node) -> Asked:
     if isinstance(first, fx.Node) and isinstance(example_value(first), torch.Tensor):
         return Asked(getattr(torch.Tensor, method, None), node.args, {})
     return Asked(getattr(torch.Tensor, f"__r{method[2:]}", None), node.args[::-1], {})
+
+
+_RUN_ONCE = (
+    "invoke_subgraph tag_activation_checkpoint wrap wrap_activation_checkpoint wrap_with_autocast "
+    "wrap_with_set_grad_enabled"
+).split()
+"""Higher-order operators whose body runs as if its calls stood in the program themselves."""
+
+
+def _in_body(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of the bodies that `node` runs: eager capture sees the calls in them, so they count."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _RUN_ONCE:
+        return
+    for argument in node.all_input_nodes:
+        body = getattr(node.graph.owning_module, str(argument.target), None) if argument.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            for each in body.graph.nodes:
+                yield each
+                yield from _in_body(each)
 
 
 def frames(trace: str | None) -> tuple[Frame, ...]:

@@ -23,7 +23,6 @@ class Value(msgspec.Struct, frozen=True):
     dtype: torch.dtype
     requires_grad: bool
 
-
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Value:
         shape = tuple(size if type(size) is int else None for size in tensor.shape)

@@ -23,8 +23,8 @@ import msgspec
 import torch
 from torch import fx
 
-from .handoff import Compiled
 from .generated import PINNED, UNCACHED, functions_of, generated_code
+from .handoff import Compiled
 from .options import GraphOptions
 
 SEED = 1234

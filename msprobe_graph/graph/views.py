@@ -12,8 +12,7 @@ from .plan import value_id
 from .writes import Writes
 
 _VIEWS = frozenset(
-    "contiguous flatten movedim permute reshape squeeze swapaxes swapdims t to transpose unflatten unsqueeze view "
-    "view_as".split()
+    ["contiguous", "flatten", "movedim", "permute", "reshape", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as"]
 )
 
 

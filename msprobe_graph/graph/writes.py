@@ -64,7 +64,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 _AUGMENTED = tuple(
     getattr(operator, f"i{name}")
-    for name in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
+    for name in ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"]
 )
 
 

@@ -117,11 +117,12 @@ def differences(expected: StepDump, found: StepDump, tolerance: float = 0.0) -> 
     may differ by `tolerance`, relative to the norm. Values that are missing with a reason are differences."""
     names = list(expected.data)
     if names != list(found.data):
-        lost, extra = [each for each in names if each not in found.data], [each for each in found.data if each not in names]
+        lost, extra = (
+            [each for each in names if each not in found.data],
+            [each for each in found.data if each not in names],
+        )
         return [f"lost {lost}", f"extra {extra}"] if lost or extra else [f"order {list(found.data)}"]
-    told = [
-        line for name in names for line in _unequal(expected.data[name], found.data[name], f"{name}", tolerance)
-    ]
+    told = [line for name in names for line in _unequal(expected.data[name], found.data[name], f"{name}", tolerance)]
     return told + list(_unequal(expected.construct, found.construct, "construct", 0.0))
 
 

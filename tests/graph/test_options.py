@@ -76,7 +76,7 @@ def test_a_config_that_is_wrong_says_what_is_wrong_with_it(config: dict[str, Any
     compiled = torch.compile(
         nn.Linear(2, 2), backend="msprobe", options={"inner": "eager", "config_path": {**config, "level": "L7"}}
     )
-    with pytest.raises(Exception, match="level.*L7"):
+    with pytest.raises(Exception, match=r"level.*L7"):
         compiled(torch.ones(1, 2))
 
 

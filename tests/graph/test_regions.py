@@ -1,4 +1,4 @@
-"""Many graphs: breaks, regional compilation, recompiles, threads; and capture that is off leaves compiled code alone."""
+"""Many graphs: breaks, regional compilation, recompiles, threads; and capture that is off leaves all as it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ EAGER = {"inner": "eager"}
 
 def graphs() -> int:
     """How many graphs dynamo has compiled."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    number: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return number
 
 
 class Broken(nn.Module):
@@ -89,7 +90,8 @@ class Eager(nn.Module):
 
 
 OFF_INSIDE = pytest.mark.xfail(
-    strict=True, reason="the function mode is off in a compiled module, so functions that run eagerly in it are not seen"
+    strict=True,
+    reason="the function mode is off in a compiled module, so functions that run eagerly in it are not seen",
 )
 
 
