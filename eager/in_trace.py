@@ -14,11 +14,11 @@ from torch import nn
 from .modules import ModuleTap
 
 
-@torch.compiler.substitute_in_graph(ModuleTap.enter)  # type: ignore[arg-type]
+@torch.compiler.substitute_in_graph(ModuleTap.enter)
 def enter(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any) -> None:
     return None
 
 
-@torch.compiler.substitute_in_graph(ModuleTap.leave)  # type: ignore[arg-type]
+@torch.compiler.substitute_in_graph(ModuleTap.leave)
 def leave(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     return None

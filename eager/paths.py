@@ -38,7 +38,7 @@ class Paths:
         return None if path is None else self._modules.get(path)
 
     def prefix(self, tensor: torch.Tensor, path: str) -> str | None:
-        """The module in which `tensor`, a parameter or buffer, is found under `path`; None if in none, or in several."""
+        """The module in which `tensor`, a parameter or buffer, is found under `path`; None if in none or several."""
         names = self._names.get(id(tensor), ())
         found = {name[: -len(path)].rstrip(".") for name in names if name == path or name.endswith(f".{path}")}
         return found.pop() if len(found) == 1 else None

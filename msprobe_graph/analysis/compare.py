@@ -39,7 +39,7 @@ TOLERANCES = {
 """By dtype, the coarsest first. What is cast up is no more exact than it was: the coarsest in either dump counts."""
 EXACT = 1e-9
 """The tolerance for integers: room for the order in which a mean is added up."""
-UNSAID = "no manifest says why"
+UNSAID = "no reason is given"
 
 _STATISTICS = ("Max", "Min", "Mean", "Norm")
 _COUNTS = ("nan_count", "posinf_count", "neginf_count")

@@ -4,9 +4,10 @@
 
     msprobe-graph show DUMP [--step N] [--rank R] [--entry SUBSTRING] [--suspicious]
     msprobe-graph compare A B [--step N] [--rank R] [--tolerance T] [--all]
+    msprobe-graph verify FILE.py:FUNCTION [--level L] [--fidelity F] [--inner NAME] [--output FILE]
 
-Exit codes: 0; 1 where two dumps part; 2 with one sentence on stderr for arguments that can't be used, a wrong path
-among them.
+Exit codes: 0; 1 where two dumps part or taps change a program; 2 with one sentence on stderr for arguments that can't
+be used, a wrong path among them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from msprobe_graph.config import ConfigError
 from msprobe_graph.dump.reader import DumpError
 from msprobe_graph.version import __version__
 
 from .compare import compare_dumps
 from .show import show
+from .verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "show":
             lines = show(options.dump, options.step, options.rank, options.entry, options.suspicious)
+        elif options.command == "verify":
+            backend_options = {"fidelity": options.fidelity, "inner": options.inner}
+            judged = verify(options.target, options.level, backend_options, options.output)
+            lines, code = iter(judged.lines), int(not judged.same)
         else:
             found = compare_dumps(options.a, options.b, options.step, options.rank, options.tolerance, options.all)
             lines, code = iter(found.lines), int(found.part)
         for line in lines:
             print(line)
         sys.stdout.flush()
-    except DumpError as error:
+    except (ConfigError, DumpError) as error:
         print(f"msprobe-graph: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has seen enough
@@ -86,4 +93,17 @@ def _parser() -> argparse.ArgumentParser:
         "float16 2e-2)",
     )
     compare_parser.add_argument("--all", action="store_true", help="all entries that part, not only the first ones")
+
+    verify_parser = commands.add_parser(
+        "verify",
+        help="check whether taps change a compiled model",
+        description="Compiles a model with taps and without, calls each, and compares results, gradients and generated "
+        "functions. Exit code 1 where they differ. FUNCTION takes nothing and returns (model, args) or (model, args, "
+        "kwargs); gradients are compared if the model is in training mode.",
+    )
+    verify_parser.add_argument("target", metavar="FILE.py:FUNCTION", help="what builds the model and its inputs")
+    verify_parser.add_argument("--level", choices=["L0", "L1", "mix"], default="mix", help="(default: mix)")
+    verify_parser.add_argument("--fidelity", choices=["exact", "full"], default="exact", help="(default: exact)")
+    verify_parser.add_argument("--inner", default="inductor", metavar="NAME", help="what compiles (default: inductor)")
+    verify_parser.add_argument("--output", type=Path, metavar="FILE", help="write the verdicts there too, as JSON")
     return parser

@@ -28,7 +28,8 @@ class Found(NamedTuple):
 
 
 def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, tolerance: float | None, whole: bool) -> Found:
-    """Compare the steps that are in both, each with a line, and the first that parts in detail.
+    """Compare the steps that are in both, each with a line, the first that parts in detail; what is in one only is told
+    at the end, with the other's reasons.
 
     `step`, `rank`: only these; `whole`: the table without an end. DumpError where the two have nothing in common.
     """
@@ -41,11 +42,15 @@ def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, toleranc
         raise DumpError(f"{a} and {b} have no such step in common")
     lines: list[str] = []
     parted = compared = 0
+    only_a: Counter[str] = Counter()
+    only_b: Counter[str] = Counter()
     for place, folder_a, folder_b in joined:
         step_a, step_b = read(folder_a), read(folder_b)
         found = compare(step_a, step_b, tolerance)
         compared += sum(len(entry.differences) for entry in found.entries)
         parted += bool(found.parting)
+        only_a += found.only_a
+        only_b += found.only_b
         lines.append(f"{place}: {_counts(found)}")
         if parted == 1 and found.parting:
             lines += ["", *_detail(found, step_a, step_b, whole), ""]
@@ -53,7 +58,7 @@ def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, toleranc
             lines.append(f"    {_first(found)}")
     if not compared:
         raise DumpError(f"{a} and {b} have no tensor in common whose values both of them hold")
-    return Found(lines, bool(parted))
+    return Found([*lines, *_missing("A", "B", only_a), *_missing("B", "A", only_b)], bool(parted))
 
 
 def _joined(folders_a: list[Path], folders_b: list[Path]) -> Iterator[tuple[str, Path, Path]]:
@@ -107,10 +112,6 @@ def _detail(found: Comparison, a: StepDump, b: StepDump, whole: bool) -> Iterato
     yield from tabulate(shown, head, "simple", colalign=align, disable_numparse=True).splitlines()
     if len(rows) > len(shown):
         yield f"... and {len(rows) - len(shown)} entries more (--all)"
-    for here, there, only in (("A", "B", found.only_a), ("B", "A", found.only_b)):
-        if only:
-            yield ""
-            yield from _missing(here, there, only)
 
 
 def _first(found: Comparison) -> str:
@@ -173,6 +174,7 @@ def _text(value: object) -> str:
 
 
 def _missing(here: str, there: str, only: Counter[str]) -> Iterator[str]:
-    yield f"In {here} only, and why they are not in {there}:"
-    for reason, count in only.most_common():
-        yield f"{count:7} {reason}"
+    if only:
+        yield f"Entries in {here} only, by the reason why they are not in {there}:"
+        for reason, count in only.most_common():
+            yield f"{count:7} {reason}"

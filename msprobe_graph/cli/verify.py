@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -14,8 +15,15 @@ from msprobe_graph.config import ConfigError
 from msprobe_graph.dump.reader import read, steps
 
 
-def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Path | None) -> Iterator[str]:
-    """Lines with a verdict for each graph; the last one tells whether all are the same.
+class Judged(NamedTuple):
+    """What there is to say of a model."""
+
+    lines: list[str]
+    same: bool
+
+
+def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Path | None) -> Judged:
+    """A verdict for each graph; the last line tells whether all are the same.
 
     `target` is ``FILE.py:FUNCTION``; the function returns a model and the arguments of a call: ``(model, args)`` or
     ``(model, args, kwargs)``. `options` are the backend's. ConfigError for what can't be used.
@@ -28,24 +36,31 @@ def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Pa
     model, args, kwargs = _built(_function(target), target)
     with tempfile.TemporaryDirectory() as folder:
         debugger = PrecisionDebugger({"task": "statistics", "level": level, "dump_path": folder})
-        compiled = torch.compile(model, backend=msprobe_backend, options={**options, "verify": True})
+        compiled: Any = torch.compile(model, backend=msprobe_backend, options={**options, "verify": True})
         with torch.set_grad_enabled(model.training), debugger.start(compiled):
             compiled(*args, **kwargs)
         manifest = read(steps(Path(folder))[0]).manifest or {}
     graphs = manifest.get("graphs", [])
     verdicts = [graph["verdict"] for graph in graphs if graph.get("verdict")]
-    for number, verdict in enumerate(verdicts):
-        noise = verdict["noise"]
-        yield f"graph {number}: {verdict['sentence']}"
-        yield (
-            f"  largest difference {verdict['results']['largest_difference']:.3g}; between two untapped compilations, "
-            f"tuned each by itself, {noise['largest_difference']:.3g} ({noise['bit_equal']} of {noise['tensors']} bit-equal)"
-        )
-        yield from (f"  changed: {name}" for name in verdict["functions"]["changed"])
     if verdict_file is not None:
         verdict_file.write_bytes(msgspec.json.format(msgspec.json.encode(verdicts)))
-    if len(verdicts) < len(graphs) or not graphs:
-        yield f"{len(graphs) - len(verdicts) or 'all'} graphs have no verdict; the log says why"
+    return Judged(
+        list(_lines(verdicts, len(graphs))),
+        bool(graphs) and len(verdicts) == len(graphs) and all(each["same"] for each in verdicts),
+    )
+
+
+def _lines(verdicts: list[dict[str, Any]], graphs: int) -> Iterator[str]:
+    for number, verdict in enumerate(verdicts):
+        results, noise = verdict["results"], verdict["noise"]
+        yield f"graph {number}: {verdict['sentence']}"
+        yield (
+            f"  largest difference {results['largest_difference']:.3g}; between two untapped compilations, tuned each "
+            f"by itself, {noise['largest_difference']:.3g} ({noise['bit_equal']} of {noise['tensors']} bit-equal)"
+        )
+        yield from (f"  changed: {name}" for name in verdict["functions"]["changed"])
+    if len(verdicts) < graphs or not graphs:
+        yield f"{len(verdicts)} of {graphs} graphs have a verdict; the log says why the others have none"
     elif all(verdict["same"] for verdict in verdicts):
         yield "verified: tapped and untapped program are the same"
     else:
@@ -56,7 +71,13 @@ def _function(target: str) -> Callable[[], Any]:
     file, colon, name = target.rpartition(":")
     if not colon or not Path(file).is_file():
         raise ConfigError(f"verify takes FILE.py:FUNCTION with a file that exists, not {target!r}")
-    function = runpy.run_path(file).get(name)
+    spec = spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    # Where its classes can be found by the name of their module, as the compiler looks for them.
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{file} has no function {name!r}")
     found: Callable[[], Any] = function

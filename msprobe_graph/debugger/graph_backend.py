@@ -54,12 +54,13 @@ def msprobe_backend(
 
 def _capturing() -> Context | None:
     """What the debugger that was started last captures with, now."""
-    return next((session.context() for session in sessions.opened(Session) if session.debugged and session.capturing), None)
+    debugged = (session for session in sessions.opened(Session) if session.debugged)
+    return next((session.context() for session in debugged if session.capturing), None)
 
 
 def _session_of(options: GraphOptions) -> Session:
     """The capture that an options["config_path"] stands for: one for all graphs that name the same."""
-    settings = load_settings(options.config_path)
+    settings = load_settings(options.config_path or {})
     alike = (each for each in sessions.opened(Session) if not each.debugged and each.settings == settings)
     session = next(alike, None) or Session(settings, debugged=False)
     session.follow(module_calls())

@@ -99,7 +99,7 @@ class Session:
 
         What runs now is counted as called, but its call is not seen.
         """
-        models = {"": module for module in running[-1:]}
+        models = dict(zip([""], reversed(running), strict=False))
         opened = self._opened(models) if self.wanted() else None
         if opened is not None:
             _, capture = opened

@@ -8,8 +8,8 @@
      "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
      "requests": [{"request": "cmpl-1", "begin": 0, "end": 12}], "graphs": []}
 
-Where compiled graphs ran, "mode" is "graph" and "graphs" tells of each what compiled it and, if this process has compiled
-it, the scheduler's nodes before and after the taps came in::
+Where compiled graphs ran, "mode" is "graph" and "graphs" tells of each what compiled it and, if this process has
+compiled it, the scheduler's nodes before and after the taps came in::
 
     {"inner": "inductor", "fidelity": "exact", "calls": 40, "compiled": [{"pass": "inference", "tapped": 31,
      "nodes_before": ["op0_op1", "op2", ...], "nodes_after": ["op0_op1", "op2", "tap", ...]}]}

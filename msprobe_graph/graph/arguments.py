@@ -41,7 +41,7 @@ def asked(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked
     given = Asked(function, args, kwargs)
     if not inspect.isfunction(function) or not function.__module__.startswith("torch."):
         return given
-    stands: tuple[Any, Any] = fx.node.map_arg((args, kwargs), _Stand)
+    stands: tuple[Any, Any] = fx.node.map_arg((args, kwargs), _Stand)  # type: ignore[arg-type]
     try:
         found = function(*stands[0], **stands[1])
     except (AttributeError, TypeError, ValueError, RuntimeError):  # it looked into its arguments

@@ -34,7 +34,8 @@ class Named(NamedTuple):
 
 
 class Entries:
-    """`take` or `take_passing` is called for each value, then `record_forward`, and `record_backward` if there is a backward pass."""
+    """`take` or `take_passing` is called for each value, then `record_forward`, and `record_backward` if there is a
+    backward pass."""
 
     def __init__(self, plan: Plan, context: Context, inputs: Sequence[Any], reasons: Mapping[int, str]) -> None:
         self._plan = plan

@@ -52,7 +52,7 @@ class Report(NamedTuple):
         )
 
 
-class ExactPass(SchedulerPass):
+class ExactPass(SchedulerPass):  # type: ignore[misc]
     """Inductor's `_post_fusion_custom_pass` that taps the `wanted` values (by value id) that are in memory.
 
     It leaves the nodes that it is given alone. The taps go in at the last moment, and only where no generated function

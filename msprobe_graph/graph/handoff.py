@@ -56,7 +56,9 @@ def hand_on(
         return compile_with_taps(module, inputs, wanted, in_full, digest, options)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
     if backend is None:
-        raise ConfigError(f"backend msprobe: the option inner is {inner!r}, which is not in torch.compiler.list_backends()")
+        raise ConfigError(
+            f"backend msprobe: the option inner is {inner!r}, which is not in torch.compiler.list_backends()"
+        )
     arguments = dict(options.inner_options)
     if options.mode is not None:
         arguments["mode"] = options.mode
@@ -77,7 +79,7 @@ def _tapped_by(tap: FullPass) -> Callable[..., Any]:
 
         tap(module.graph)
         module.recompile()
-        return boxed_nop(module, inputs)
+        return boxed_nop(module, list(inputs))
 
     return compile_aten
 

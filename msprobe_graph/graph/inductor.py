@@ -37,7 +37,8 @@ def compile_with_taps(
     patches["_post_fusion_custom_pass"] = tap
     # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
     # later.
-    return Compiled(compile_fx(module, inputs, config_patches=patches), reports=tap.reports)
+    compiled: Any = compile_fx(module, inputs, config_patches=patches)
+    return Compiled(compiled, reports=tap.reports)
 
 
 def inductor_config(options: GraphOptions) -> dict[str, Any]:

@@ -88,12 +88,12 @@ def _forget(unhook: list[Callable[[], None]], marked: list[_Reading]) -> None:
     marked.clear()
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def begins() -> None:
     """In a marked graph: here a module call begins."""
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def ends(args: Any, kwargs: Any, output: Any) -> None:
     """In a marked graph: here a module call ends."""
 
@@ -136,7 +136,9 @@ def _read(graph: fx.Graph) -> _Reading:
         elif node.target in (begins, ends):
             stack = node.meta.get("nn_module_stack")
             if stack:
-                returned = fx.node.map_arg(node.args, seen.__getitem__) if node.target is ends else None
+                returned: Any = None
+                if node.target is ends:
+                    returned = fx.node.map_arg(node.args, seen.__getitem__)  # type: ignore[arg-type]
                 key, (path, kind) = next(reversed(stack.items()))
                 reading.marks.append(Mark(len(reading.nodes), (key, path, _class_name(kind)), returned))
         elif node.op != "output":

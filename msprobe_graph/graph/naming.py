@@ -1,8 +1,8 @@
 """The name pass: from dynamo's graph to the plan of its calls.
 
-Names are those of an eager capture. A module call comes from the marks that dynamo's second trace has left, a torch call
-from a node of the graph, which holds what the program called: ``torch._C._nn.linear``, ``operator.add``, the method
-"view".
+Names are those of an eager capture. A module call comes from the marks that dynamo's second trace has left, a torch
+call from a node of the graph, which holds what the program called: ``torch._C._nn.linear``, ``operator.add``, the
+method "view".
 """
 
 from __future__ import annotations
@@ -278,16 +278,20 @@ def api_call(node: fx.Node) -> Asked:
     return Asked(getattr(torch.Tensor, f"__r{method[2:]}", None), node.args[::-1], {})
 
 
-_RUN_ONCE = (
-    "invoke_subgraph tag_activation_checkpoint wrap wrap_activation_checkpoint wrap_with_autocast "
-    "wrap_with_set_grad_enabled"
-).split()
+_RUN_ONCE = [
+    "invoke_subgraph",
+    "tag_activation_checkpoint",
+    "wrap",
+    "wrap_activation_checkpoint",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
+]
 """Higher-order operators whose body runs as if its calls stood in the program themselves."""
 
 
 def _in_body(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes of the bodies that `node` runs: eager capture sees the calls in them, so they count."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _RUN_ONCE:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _RUN_ONCE:
         return
     for argument in node.all_input_nodes:
         body = getattr(node.graph.owning_module, str(argument.target), None) if argument.op == "get_attr" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -67,4 +67,4 @@ def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphO
     if mode is not None:
         ours.setdefault("mode", mode)
     ours["full_modules"] = tuple(modules)
-    return GraphOptions(**cast(dict[str, Any], ours), inner_options=given)
+    return GraphOptions(**ours, inner_options=given)

@@ -5,7 +5,8 @@ with the tuning pinned, and two untapped compiles with the tuning free tell the 
 
 A verdict, as it stands in the manifest::
 
-    {"same": true, "sentence": "the taps changed nothing: 28 generated functions are the same, 15 of 15 results bit-equal",
+    {"same": true,
+     "sentence": "the taps changed nothing: 28 generated functions are the same, 15 of 15 results bit-equal",
      "results": {"tensors": 15, "bit_equal": 15, "largest_difference": 0.0},
      "noise": {"tensors": 15, "bit_equal": 15, "largest_difference": 0.0},
      "functions": {"untapped": 28, "tapped": 28, "changed": []}}

@@ -7,12 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from .naming import example_value
+from ._compat import example_value
 from .plan import value_id
 from .writes import Writes
 
 _VIEWS = frozenset(
-    ["contiguous", "flatten", "movedim", "permute", "reshape", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as"]
+    [
+        "contiguous",
+        "flatten",
+        "movedim",
+        "permute",
+        "reshape",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "to",
+        "transpose",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "view_as",
+    ]
 )
 
 

@@ -62,9 +62,9 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
         yield from (argument for _, argument in written_arguments(node))
 
 
-_AUGMENTED = tuple(
-    getattr(operator, f"i{name}")
-    for name in ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"]
+_AUGMENTED = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 from msprobe_graph.cli import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "docs/eager.md", "docs/dump-format.md"]
+DOCUMENTS = ["README.md", "docs/eager.md", "docs/graph.md", "docs/dump-format.md"]
 
 _RUNNABLE = re.compile(r"^```python runnable\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SHOW = re.compile(r"\bmsprobe-graph (show dump[^`#\n]*)")
@@ -76,7 +76,7 @@ with PrecisionDebugger({"dump_path": "dump", "level": "L1"}).start():
     assert {name for row in rows[1:] for name in row.split(", ")} == set(json.loads(manifest.read_text()))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/tutorial.md", "docs/configuration.md"])
 def test_links_lead_somewhere(document: str) -> None:
     path = CHECKOUT / document
     missing = {link for link in _LINK.findall(path.read_text()) if not (path.parent / link).exists()}

@@ -277,3 +277,40 @@ def test_a_compiled_function_has_entries_too(capture: Capture) -> None:
     found = capture(model, lambda: compiled(x), level="L1")
     assert differences(eager, found) == []
     assert list(found.data) == ["Functional.gelu.0.forward", "Tensor.mul.0.forward"]
+
+
+class Calls(nn.Module):
+    """Its forward calls a compiled function with a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.function: Callable[[nn.Module, Tensor], Tensor] = through
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner, torch.sin(x))
+
+
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x) + 1
+
+
+def test_a_compiled_function_that_is_given_a_module(capture: Capture) -> None:
+    model, x = nn.Sequential(Calls(), Calls()), ones(2, 4)
+    eager = capture(model, lambda: model(x))
+    compiled = torch.compile(through, backend="msprobe", options={"inner": "eager"})
+    for part in model:
+        part.function = compiled
+    found = capture(model, lambda: model(x), level="L0")
+    assert list(found.data) == [name for name in eager.data if name.startswith("Module")]
+    assert {name: found.data[name] for name in modules(found)} == {name: eager.data[name] for name in modules(eager)}
+
+
+@pytest.mark.parametrize("wrapped", [nn.Sequential, lambda part: nn.Sequential(torch.compile(part, backend="eager"))])
+def test_wrappers_of_torch_compile_are_in_no_name(both: Both, wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    _, compiled = both(wrapped(Beside()), lambda run: run(ones(2, 4)), level="L0")
+    assert modules(compiled) == [
+        "Module.0.fc.Linear.forward.0",
+        "Module.0.Beside.forward.0",
+        "Module.Sequential.forward.0",
+    ]
