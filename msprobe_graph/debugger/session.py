@@ -20,6 +20,7 @@ from msprobe_graph.dump.folder import claim, run_identity
 from msprobe_graph.dump.manifest import Provenance
 from msprobe_graph.dump.records import Hole, Request, Step
 from msprobe_graph.dump.writer import Writer
+from msprobe_graph.eager._compat import compiled_inside
 from msprobe_graph.eager.capture import EagerCapture
 from msprobe_graph.eager.context import Context
 from msprobe_graph.taps.recorder import Recorder
@@ -205,7 +206,7 @@ class Session:
             process=f"proc{os.getpid()}" if rank is None else f"rank{rank}",
             device=_device(models.values()),
             package=__version__,
-            model=", ".join(type(model).__name__ for model in models.values()) or None,
+            model=", ".join(type(compiled_inside(model) or model).__name__ for model in models.values()) or None,
             task=self.settings.task,
             level=self.settings.level,
             run=run,

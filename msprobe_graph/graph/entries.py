@@ -27,6 +27,10 @@ class Named(NamedTuple):
     prefix: str
     number: int
     wanted: bool
+    module: str | None
+    """The module itself, or the one in whose forward the function is called."""
+    within: int
+    """Which call of the name within that module."""
 
     def entry(self, kind: str, direction: Any) -> str:
         make = module_call(self.prefix, direction, self.number)
@@ -111,7 +115,12 @@ class Entries:
             else:
                 name = api_entry(prefix, number, "forward")
                 wanted = apis and selection.may_want_api(prefix) and selection.wants_api(name)
-            named.append(Named(prefix, number, wanted))
+            module = self._path(call.place)
+            within = number
+            if call.kind == "api":
+                module = context.running.top.path if module is None and context.running.top else module
+                within = context.numbering.within(prefix, module) if wanted else 0
+            named.append(Named(prefix, number, wanted, module, within))
         for _, name in reversed(running):
             selection.leave(name)
         return named
@@ -185,19 +194,15 @@ class Entries:
     def _complete(self, entry: Entry, call: Call, named: Named) -> None:
         """What a forward entry holds beside its values."""
         context, inside = self._context, self._context.running.top
-        entry.module = path = self._path(call.place)
-        if path is None and inside is not None:
-            entry.module = inside.path
+        entry.module, entry.number = named.module, named.within
         if call.inside is not None:
             entry.parent = self._named[call.inside].entry("module", "forward")
         elif inside is not None:
             entry.parent = inside.name
         if call.kind == "api":
-            entry.number = context.numbering.within(call.name, entry.module)
             entry.stack = call.stack if context.stacks is not None else None
             return
-        entry.number = named.number
-        module = context.paths.module(path)
+        module = context.paths.module(named.module)
         if context.selection.outputs and module is not None:
             parameters = {key: value for key, value in module._parameters.items() if value is not None}
             stem, saves = f"{entry.name}.parameters", context.selection.saves(entry.name)

@@ -12,7 +12,7 @@ from torch._inductor.graph import GraphLowering
 UNCACHED = {"force_disable_caches": True}
 """Inductor's options under which it generates code at each compilation."""
 PINNED = {"deterministic": True}
-"""Inductor's options under which two compilations of a program generate the same kernels: nothing is tuned by timing."""
+"""Inductor's options under which two compilations generate the same kernels: nothing is tuned by timing."""
 
 
 class Function(NamedTuple):

@@ -22,6 +22,7 @@ from msprobe_graph.eager.paths import bare
 
 from ._compat import example_value, source
 from .arguments import Asked, asked
+from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
 from .plan import Absent, Call, Place, Plan, Ref, Value, gradient_id, node_of, refs, value_id
 from .writes import Writes
@@ -72,6 +73,7 @@ class _Naming:
         """By module call: the position of its first node."""
         self._time = 0
         self._writes = Writes(self._inner)
+        self._functionals = functionals(self._inner, _stack, operators.name)
         self._at = 0
         """The position before which values are asked for."""
 
@@ -97,8 +99,12 @@ class _Naming:
             inputs={id_: at for id_, at in inputs.items() if id_ in self._values},
             outputs={id_: at for id_, at in outputs.items() if id_ in self._values and id_ not in inputs},
             anchors=anchors(list(self._inputs)),
-            holes=[] if marks is not None else [NO_MARKS],
+            holes=[*([] if marks is not None else [NO_MARKS]), *self._untold()],
         )
+
+    def _untold(self) -> list[str]:
+        names = {self._operators.name(call.function): call.told for call in self._functionals.values()}
+        return [ARGUMENTS_UNTOLD.format(name) for name, told in names.items() if not told]
 
     def _now(self) -> int:
         self._time += 1
@@ -138,7 +144,10 @@ class _Naming:
         return gradients
 
     def _function_call(self, node: fx.Node) -> None:
-        function, args, kwargs = api_call(node)
+        functional = self._functionals.get(node)
+        if functional is not None and node is not functional.nodes[-1]:
+            return
+        function, args, kwargs = api_call(node) if functional is None else functional.call()
         name = self._operators.name(function)
         if name is None or not self._wants_api(name):
             return
@@ -159,7 +168,7 @@ class _Naming:
                 output,
                 self._running[-1] if self._running else None,
                 self._gradients(output, lambda at: True)[:1],
-                stack=frames(node.meta.get("stack_trace")),
+                stack=_stack(node),
             )
         )
 
@@ -299,6 +308,10 @@ def _in_body(node: fx.Node) -> Iterator[fx.Node]:
             for each in body.graph.nodes:
                 yield each
                 yield from _in_body(each)
+
+
+def _stack(node: fx.Node) -> tuple[Frame, ...]:
+    return frames(node.meta.get("stack_trace"))
 
 
 def frames(trace: str | None) -> tuple[Frame, ...]:
