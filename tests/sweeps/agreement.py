@@ -4,6 +4,9 @@ An entry of the eager dump is *whole* in the compiled one when each of its tenso
 there with statistics, *in part* when some are. What is missing must be explained: by a `reason` in its record, or by a
 hole in the compiled dump's manifest whose site is the entry's name, or that and the position, or the beginning of it.
 
+Operators are joined by what an entry's ``site`` says: the module in which they are called, and which call of that name
+in it they are. Where tracing leaves out a check that eager code makes, the numbers in later names differ.
+
 The error of a statistic is relative to what it can be at most, so that none explodes where it is near zero and each is
 one for a tensor that has nothing to do with the other:
 
@@ -21,6 +24,7 @@ import math
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
+from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import StepDump
 
 Records = dict[str, dict[str, dict[str, Any]]]
@@ -55,6 +59,8 @@ class Agreement(NamedTuple):
 def agreement(eager: StepDump, compiled: StepDump) -> Agreement:
     """What of the one step's eager dump is in its compiled dump. Both may have been taken at any level."""
     expected, found = _records(eager), _records(compiled)
+    twins = {_site(name, eager): name for name in expected}
+    found = {twins.get(_site(name, compiled), f"{name} (compiled)"): records for name, records in found.items()}
     holes = (compiled.manifest or {}).get("holes", [])
     sites = [f"{hole['site']}." for hole in holes]
     names: dict[str, list[str]] = defaultdict(list)
@@ -117,6 +123,14 @@ def _records(step: StepDump) -> Records:
     for tensor in step.tensors():
         records[tensor.entry][tensor.position] = tensor.record
     return records
+
+
+def _site(name: str, step: StepDump) -> tuple[Any, ...]:
+    """What a dump's entry has in common with that of another dump of the same call."""
+    parts, site = parse(name), step.data[name].get("site", {})
+    if parts.kind == "module":
+        return (name,)
+    return parts.name, parts.direction, site.get("module"), site.get("number")
 
 
 def _level(name: str) -> str:
