@@ -90,6 +90,11 @@ class Selection:
             self._in_scope = False
         return selected
 
+    @property
+    def saves_any(self) -> bool:
+        """Whether tensors of any entry may be saved."""
+        return self._save_all or self._save_some
+
     def saves(self, entry: str) -> bool:
         """Whether the tensors of `entry` are saved as files too."""
         return self._save_all or (self._save_some and self._saved(entry))

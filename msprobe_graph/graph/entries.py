@@ -50,6 +50,8 @@ class Entries:
         """The values seen, as records: by id, and by the file where a value is saved."""
         self._measured: dict[int, TensorRecord] = {}
         """Records of what taps have seen, by the id of the value itself or of the one it is a view of."""
+        self._parameters: dict[int, Any] = {}
+        """Records of the graph's inputs, by the id of the tensor, where no file is to be saved."""
         self._forward: dict[int, Entry] = {}
         """The forward entries, by call."""
         self._named = self._number_calls()
@@ -58,7 +60,9 @@ class Entries:
     def take(self, ref: int, value: Any) -> None:
         """An input or output of the graph, by its id, as it is now."""
         for stem in self._files.get(ref, (None,)):
-            self._found[ref, stem] = self._context.recorder.value(value, stem)
+            self._found[ref, stem] = record = self._context.recorder.value(value, stem)
+            if stem is None:
+                self._parameters[id(value)] = record
 
     def take_passing(self, ref: int, value: torch.Tensor) -> None:
         """What a tap sees of a value, or gradient, of that id."""
@@ -70,7 +74,7 @@ class Entries:
     def record_forward(self) -> None:
         """Entries in the order in which the calls end, as in eager code."""
         calls = self._plan.calls
-        for index in sorted(range(len(calls)), key=lambda index: calls[index].end):
+        for index in self._plan.ending:
             if not self._named[index].wanted:
                 continue
             entry = self._entry(calls[index], self._named[index], "forward", self._forward_parts(calls[index]))
@@ -157,6 +161,8 @@ class Entries:
     def _find_files(self) -> dict[int, list[str | None]]:
         """By id of a value: the starts of the names of the files it is to be saved in, None for where it is not. Values
         that are saved nowhere are left out."""
+        if not self._context.selection.saves_any:
+            return {}
         found: dict[int, list[str | None]] = {}
         elsewhere: set[int] = set()
         for call, named in zip(self._plan.calls, self._named, strict=True):
@@ -205,11 +211,18 @@ class Entries:
         module = context.paths.module(named.module)
         if context.selection.outputs and module is not None:
             parameters = {key: value for key, value in module._parameters.items() if value is not None}
-            stem, saves = f"{entry.name}.parameters", context.selection.saves(entry.name)
-            entry.parts["parameters"] = context.named(parameters, stem, saves)
+            if context.selection.saves(entry.name):
+                entry.parts["parameters"] = context.named(parameters, f"{entry.name}.parameters", True)
+            else:
+                read, known = context.recorder.value, self._parameters
+                entry.parts["parameters"] = {
+                    key: known.get(id(value)) or read(value, None) for key, value in parameters.items()
+                }
 
     def _filled(self, nest: Any, stem: str, saves: bool, missing: dict[str, str]) -> Any:
         """`nest` with records in place of its values."""
+        if id(nest) in self._plan.fixed:
+            return nest
         if isinstance(nest, Ref):
             value = self._plan.values[value_id(node_of(nest.id))]
             gradient = nest.id != value_id(node_of(nest.id))

@@ -24,7 +24,7 @@ from ._compat import example_value, source
 from .arguments import Asked, asked
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
-from .plan import Absent, Call, Place, Plan, Ref, Value, gradient_id, node_of, refs, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_parts, gradient_id, node_of, refs, value_id
 from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
@@ -93,8 +93,11 @@ class _Naming:
             last = self._writes.value_at(node, len(self._inner)) if isinstance(node, fx.Node) else None
             if last is not None:
                 outputs.setdefault(value_id(self._index[last]), at)
+        calls = self._calls
         return Plan(
-            calls=self._calls,
+            calls=calls,
+            ending=sorted(range(len(calls)), key=lambda index: calls[index].end),
+            fixed={id(part) for call in calls for part in fixed_parts([call.args, call.kwargs, call.output])},
             values=self._values,
             inputs={id_: at for id_, at in inputs.items() if id_ in self._values},
             outputs={id_: at for id_, at in outputs.items() if id_ in self._values and id_ not in inputs},

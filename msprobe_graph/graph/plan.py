@@ -76,6 +76,15 @@ def tensors(nest: Any) -> Iterator[Ref | Absent]:
             yield from tensors(item)
 
 
+def fixed_parts(nest: Any) -> Iterator[Any]:
+    """The parts of a nest that hold no tensors, the largest ones."""
+    if not any(True for _ in tensors(nest)):
+        yield nest
+    elif isinstance(nest, (list, dict)):
+        for item in nest.values() if isinstance(nest, dict) else nest:
+            yield from fixed_parts(item)
+
+
 class Place(msgspec.Struct, frozen=True):
     """A module, by the variable of the compiled frame that it was reached from ("L['self']") and the path from there
     ("layers.0")."""
@@ -125,5 +134,9 @@ class Plan(msgspec.Struct):
     which module the root is."""
     same: dict[int, int] = {}
     """Ids of values that are views of others with all their elements, and the ids of these."""
+    ending: list[int] = []
+    """The calls, by index, in the order in which they end."""
+    fixed: set[int] = set()
+    """The Python ids of those parts of the nests that hold no tensors, so that a run need not look into them."""
     holes: list[str] = []
     """What could not be learned of the graph, one sentence each."""

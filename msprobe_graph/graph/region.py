@@ -131,7 +131,7 @@ class Invocation:
         if note:
             missing: dict[str, str] = msgspec.json.decode(note)["missing"]
             self._region.reasons.update((int(ref), REASONS[code]) for ref, code in missing.items())
-        with unseen(), torch.no_grad():
+        with unseen():
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)
 

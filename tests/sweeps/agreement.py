@@ -60,7 +60,7 @@ def agreement(eager: StepDump, compiled: StepDump) -> Agreement:
     """What of the one step's eager dump is in its compiled dump. Both may have been taken at any level."""
     expected, found = _records(eager), _records(compiled)
     twins = {_site(name, eager): name for name in expected}
-    found = {twins.get(_site(name, compiled), f"{name} (compiled)"): records for name, records in found.items()}
+    found = {twins.get(_site(name, compiled), _alone(name, expected)): records for name, records in found.items()}
     holes = (compiled.manifest or {}).get("holes", [])
     sites = [f"{hole['site']}." for hole in holes]
     names: dict[str, list[str]] = defaultdict(list)
@@ -131,6 +131,11 @@ def _site(name: str, step: StepDump) -> tuple[Any, ...]:
     if parts.kind == "module":
         return (name,)
     return parts.name, parts.direction, site.get("module"), site.get("number")
+
+
+def _alone(name: str, expected: Records) -> str:
+    """What to call a compiled dump's entry without a twin: not by a name that means another call in the eager dump."""
+    return f"{name} (compiled)" if name in expected else name
 
 
 def _level(name: str) -> str:
