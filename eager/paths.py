@@ -16,14 +16,18 @@ class Paths:
 
     def __init__(self) -> None:
         self._modules: dict[str, nn.Module] = {}
+        self._first: dict[str, str] = {}
+        """By each path of a module that is reached by several: the first one, which its entries bear."""
         self._names: dict[int, list[str]] = {}
         """By the id of a parameter or buffer, which lives as long as its module."""
 
     def add(self, models: Mapping[str, nn.Module]) -> None:
         """Models by the prefix of their modules' names."""
         for prefix, model in models.items():
-            for name, module in model.named_modules():
+            first: dict[nn.Module, str] = {}
+            for name, module in model.named_modules(remove_duplicate=False):
                 path = bare(f"{prefix}.{name}")
+                self._first[path] = first.setdefault(module, path)
                 self._modules[path] = module
                 for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                     if tensor is not None:
@@ -31,17 +35,27 @@ class Paths:
 
     def clear(self) -> None:
         self._modules.clear()
+        self._first.clear()
         self._names.clear()
 
     def module(self, path: str | None) -> nn.Module | None:
         """The module of that qualified name."""
         return None if path is None else self._modules.get(path)
 
-    def prefix(self, tensor: torch.Tensor, path: str) -> str | None:
-        """The module in which `tensor`, a parameter or buffer, is found under `path`; None if in none or several."""
+    def first(self, path: str) -> str:
+        """The path that a module's entries bear, for one of its paths."""
+        return self._first.get(path, path)
+
+    def prefix(self, tensor: torch.Tensor, path: str, running: str | None) -> str | None:
+        """The module in which `tensor`, a parameter or buffer, is found under `path`; None if in none.
+
+        running: the path of the module whose forward runs, which it is if there are several.
+        """
         names = self._names.get(id(tensor), ())
         found = {name[: -len(path)].rstrip(".") for name in names if name == path or name.endswith(f".{path}")}
-        return found.pop() if len(found) == 1 else None
+        if len(found) == 1:
+            return found.pop()
+        return running if running in found else None
 
 
 def bare(path: str) -> str:

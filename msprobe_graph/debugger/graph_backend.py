@@ -49,7 +49,7 @@ def msprobe_backend(
     else:
         session = _session_of(asked)
         running = session.context
-    return lower(module, inputs, asked, session.settings, session.operators, running)
+    return lower(module, inputs, asked, session.settings, session.operators, running, session.boundary)
 
 
 def _capturing() -> Context | None:

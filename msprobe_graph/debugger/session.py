@@ -48,7 +48,8 @@ class Session:
         self.capturing = False
         self.capture: EagerCapture | None = None
         self._watch = ConfigWatch(settings)
-        self._boundary = Boundary()
+        self.boundary = Boundary()
+        """Where failures of this capture end."""
         self._recorder: Recorder | None = None
         self._writer: Writer | None = None
         self._dirty = False
@@ -132,7 +133,7 @@ class Session:
         if self.capture is not None and self._recorder is not None:
             self._recorder.begin(self.step)
             self.capture.begin_step(self.step)
-            self._boundary.holes.clear()
+            self.boundary.holes.clear()
 
     def save(self, name: str, value: Any) -> None:
         """Record `value` in the step's debug.json as ``{name}.{call}.debug``."""
@@ -143,7 +144,7 @@ class Session:
         call = sum(entry.rsplit(".", 2)[0] == name for entry in recorder.saved)
         entry = f"{name}.{call}.debug"
         stem = entry if self.settings.task == "tensor" else None
-        recorder.saved[entry] = self._boundary.attempt(entry, recorder.value, value, stem)
+        recorder.saved[entry] = self.boundary.attempt(entry, recorder.value, value, stem)
         self._dirty = True
 
     def leave(self) -> None:
@@ -165,10 +166,10 @@ class Session:
         if self._dirty:
             self.next_step()
         self.flush()
-        if self._boundary.failures:
+        if self.boundary.failures:
             log.error(
                 "%d taps failed during capture; the manifests in %s list them",
-                self._boundary.failures,
+                self.boundary.failures,
                 self.settings.dump_path,
             )
 
@@ -191,7 +192,7 @@ class Session:
                 return None
             self._recorder = Recorder(self.settings, writer)
             self._recorder.begin(self.step)
-            self.capture = EagerCapture(self.settings, self._recorder, self._boundary, self.operators)
+            self.capture = EagerCapture(self.settings, self._recorder, self.boundary, self.operators)
             self.capture.begin_step(self.step)
         return self._recorder, self.capture
 
@@ -213,7 +214,7 @@ class Session:
             config={name: _jsonable(value) for name, value in msgspec.structs.asdict(self.settings).items()},
         )
         log.info("capture into %s", dump_path)
-        return Writer(dump_path, provenance, self._boundary, self.settings.max_bytes)
+        return Writer(dump_path, provenance, self.boundary, self.settings.max_bytes)
 
     def _as_step(self, finished: bool) -> Step:
         assert self._recorder is not None
@@ -222,7 +223,7 @@ class Session:
         if self._at_max_steps():
             holes.append(Hole("later steps", f"max_steps ({self.settings.max_steps}) is reached"))
         step = self._recorder.as_step(
-            finished, expected, captured, self.capture.rest(), [*holes, *self._boundary.holes]
+            finished, expected, captured, self.capture.rest(), [*holes, *self.boundary.holes]
         )
         if not step.entries and not step.saved and finished:
             log.warning(

@@ -54,6 +54,14 @@ def example(placeholder: fx.Node) -> Any:
     return None if argument is None else argument.example
 
 
+def memory(tensor: torch.Tensor) -> int | None:
+    """Tells a tensor's memory from that of others; None for one that has none of its own: sparse, or inside a torch.func
+    transform."""
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return int(tensor.untyped_storage()._cdata)
+
+
 def module_calls() -> list[nn.Module]:
     """The modules whose calls are running on this thread, innermost first."""
     found = []

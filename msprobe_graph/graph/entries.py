@@ -136,7 +136,7 @@ class Entries:
         """The qualified name of the module at `place`."""
         if place is None:
             return None
-        return ".".join(filter(None, (self._prefixes.get(place.root), place.path)))
+        return self._context.paths.first(".".join(filter(None, (self._prefixes.get(place.root), place.path))))
 
     def _forward_parts(self, call: Call) -> list[Part]:
         selection = self._context.selection
@@ -263,9 +263,10 @@ def _add_stems(nest: Any, stem: str, found: dict[int, list[str | None]]) -> None
 def _prefixes(plan: Plan, context: Context, inputs: Sequence[Any]) -> dict[str, str]:
     """By root: the qualified name of the module that it is in this run, told by the parameters that came in."""
     found: dict[str, str] = {}
+    running = context.running.top.path if context.running.top is not None else None
     for root, anchors in plan.anchors.items():
         tensors = ((inputs[position], path) for position, path in anchors if isinstance(inputs[position], torch.Tensor))
-        prefixes = (context.paths.prefix(tensor, path) for tensor, path in tensors)
+        prefixes = (context.paths.prefix(tensor, path, running) for tensor, path in tensors)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         if prefix is not None:
             found[root] = prefix

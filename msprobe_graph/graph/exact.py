@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from msprobe_graph.dump.boundary import Boundary
+
 from . import inductor_compat as inductor
 from .inductor_compat import SchedulerPass
 from .stamps import Found, Wanted, find, find_gradients
@@ -61,12 +63,17 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
     """
 
     def __init__(
-        self, wanted: Mapping[int, Wanted], digest: str, chained: Callable[[list[Any]], list[Any]] | None = None
+        self,
+        wanted: Mapping[int, Wanted],
+        digest: str,
+        chained: Callable[[list[Any]], list[Any]] | None = None,
+        boundary: Boundary | None = None,
     ) -> None:
         inductor.check()
         self._wanted = wanted
         self._digest = digest
         self._chained = chained
+        self._boundary = boundary or Boundary()
         self.reports: list[Report] = []
         """One for each graph that was compiled, none for those that came from a cache."""
 
@@ -74,7 +81,7 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         if self._chained is not None:
             nodes = self._chained(nodes)
         if self._wanted and inductor.running_graph() is not None:
-            inductor.before_last_usage(self._insert)
+            inductor.before_last_usage(lambda schedule: self._boundary.attempt("taps", self._insert, schedule))
         return nodes
 
     def uuid(self) -> Any | None:

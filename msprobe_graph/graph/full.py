@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from msprobe_graph.dump.boundary import Boundary
+
 from .exact import chained_uuid
 from .stamps import Wanted, find, find_gradients, gradient_flow
 from .tap_op import KEEP, TAP
@@ -32,12 +34,14 @@ class FullPass(CustomGraphPass):
         digest: str,
         ids: Collection[int] | None = None,
         chained: Sequence[Callable[[fx.Graph], None]] = (),
+        boundary: Boundary | None = None,
     ) -> None:
         """`ids` None: all."""
         self._marks = bool(wanted)
         self._wanted = {id: value for id, value in wanted.items() if ids is None or id in ids}
         self._digest = digest
         self._chained = chained
+        self._boundary = boundary or Boundary()
 
     def __call__(self, graph: fx.Graph) -> None:
         for each in self._chained:
@@ -46,7 +50,7 @@ class FullPass(CustomGraphPass):
             with graph.inserting_before(next(iter(graph.nodes))):
                 graph.call_function(KEEP).meta["val"] = None
         if self._wanted:
-            self._insert(graph)
+            self._boundary.attempt("taps", self._insert, graph)
 
     def uuid(self) -> Any | None:
         return chained_uuid(self._digest, *self._chained)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from msprobe_graph.config import ConfigError
+from msprobe_graph.dump.boundary import Boundary
 
 from ._compat import registered_backend
 from .exact import Report
@@ -42,18 +43,20 @@ def hand_on(
     in_full: Collection[int],
     digest: str,
     options: GraphOptions,
+    boundary: Boundary,
 ) -> Compiled:
     """Compile dynamo's graph with taps on the `wanted` values (by value id).
 
     Those `in_full` are tapped whatever it takes, the others where the compiled program holds them in memory anyway.
-    `digest` tells this choice from others in the compiler's caches. Raises ConfigError for an inner backend that does
+    `digest` tells this choice from others in the compiler's caches; what goes wrong with the taps ends at `boundary`.
+    Raises ConfigError for an inner backend that does
     not exist.
     """
     inner = options.inner
     if inner == "inductor":
         from .inductor import compile_with_taps
 
-        return compile_with_taps(module, inputs, wanted, in_full, digest, options)
+        return compile_with_taps(module, inputs, wanted, in_full, digest, options, boundary)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
     if backend is None:
         raise ConfigError(

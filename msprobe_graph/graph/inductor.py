@@ -11,6 +11,7 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 
 from msprobe_graph.config import ConfigError
+from msprobe_graph.dump.boundary import Boundary
 
 from .exact import ExactPass
 from .full import FullPass
@@ -26,14 +27,16 @@ def compile_with_taps(
     in_full: Collection[int],
     digest: str,
     options: GraphOptions,
+    boundary: Boundary,
 ) -> Compiled:
     """See `handoff.hand_on`."""
     patches = inductor_config(options)
     exact = {ref: value for ref, value in wanted.items() if ref not in in_full}
     theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     chained = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
-    patches["post_grad_custom_post_pass"] = FullPass(wanted, digest, in_full, chained)
-    tap = ExactPass(exact, digest, patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass))
+    patches["post_grad_custom_post_pass"] = FullPass(wanted, digest, in_full, chained, boundary)
+    theirs_after = patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass)
+    tap = ExactPass(exact, digest, theirs_after, boundary)
     patches["_post_fusion_custom_pass"] = tap
     # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
     # later.

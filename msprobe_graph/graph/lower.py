@@ -11,6 +11,7 @@ from torch import fx
 from msprobe_graph.config import Settings
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.config.selection import Selection
+from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.eager.context import Context
 from msprobe_graph.version import __version__
 
@@ -20,7 +21,7 @@ from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
 from .plan import Plan, gradient_id, node_of, refs, value_id
-from .region import Region
+from .region import SITE, Region
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
 from .views import whole_views
@@ -35,11 +36,13 @@ def lower(
     settings: Settings,
     operators: OperatorTable,
     running: Callable[[], Context | None],
+    boundary: Boundary,
 ) -> Callable[..., Any]:
     """What a dynamo backend returns for a graph: a function that computes it and, when `running` gives a capture,
     records the calls in it.
 
-    A graph without anything that `settings` select is handed on as it came.
+    A graph without anything that `settings` select is handed on as it came, and so is one that can't be understood:
+    then `boundary` has the hole.
     """
     modules, apis = settings.level in ("L0", "mix"), settings.level in ("L1", "mix")
     has_modules = any(node.meta.get("nn_module_stack") for node in module.graph.nodes)
@@ -47,17 +50,22 @@ def lower(
     frame_module = next(iter(module_calls()), None)
     selection = Selection(settings, operators.risk)
     wants_api = selection.may_want_api if apis else lambda name: False
-    plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
-    plan.same = whole_views(list(module.graph.nodes))
-    stamp(module)
-    wanted = _wanted(plan, values(module.graph), selection.backward)
-    if not plan.calls:
-        return hand_on(module, inputs, {}, (), "", options).call
+
+    def prepare() -> tuple[Plan, dict[int, Wanted]]:
+        plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
+        plan.same = whole_views(list(module.graph.nodes))
+        stamp(module)
+        return plan, _wanted(plan, values(module.graph), selection.backward)
+
+    prepared = boundary.attempt(SITE, prepare)
+    if prepared is None or not prepared[0].calls:
+        return hand_on(module, inputs, {}, (), "", options, boundary).call
+    plan, wanted = prepared
     in_full = _in_full(plan, wanted, options)
     digest = _digest(wanted, in_full)
 
     def compile(module: fx.GraphModule, tapped: bool, options: GraphOptions) -> Compiled:
-        return hand_on(module, inputs, wanted if tapped else {}, in_full if tapped else (), digest, options)
+        return hand_on(module, inputs, wanted if tapped else {}, in_full if tapped else (), digest, options, boundary)
 
     verifier = Verifier(module, compile, options) if options.verify else None
     return Region(plan, compile(module, True, options), running, options, verifier)

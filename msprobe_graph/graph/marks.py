@@ -11,6 +11,7 @@ The cost is two more traces of the frame, without any compilation.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -89,24 +90,24 @@ def _forget(unhook: list[Callable[[], None]], marked: list[_Reading]) -> None:
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def begins() -> None:
-    """In a marked graph: here a module call begins."""
+def begins(cls: str) -> None:
+    """In a marked graph: here the call of a module of that class begins."""
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def ends(args: Any, kwargs: Any, output: Any) -> None:
-    """In a marked graph: here a module call ends."""
+def ends(cls: str, args: Any, kwargs: Any, output: Any) -> None:
+    """In a marked graph: here it ends."""
 
 
 def _begin(module: torch.nn.Module, args: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
-        begins()
+        begins(type(module).__name__)
 
 
 def _end(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         outputs = [_plain(item) for item in output] if isinstance(output, tuple) else [_plain(output)]
-        ends(_plain(args), _plain(kwargs), outputs)
+        ends(type(module).__name__, _plain(args), _plain(kwargs), outputs)
 
 
 def _plain(value: Any) -> Any:
@@ -129,22 +130,36 @@ def _plain(value: Any) -> Any:
 def _read(graph: fx.Graph) -> _Reading:
     reading = _Reading([], [])
     seen: dict[fx.Node, Seen] = {}
+    dead = _kept_by_marks(graph)
     for node in graph.nodes:
+        value = example_value(node)
         if node.op == "placeholder":
-            value = example_value(node)
             seen[node] = Seen(source(node), Value.of(value) if isinstance(value, torch.Tensor) else None)
         elif node.target in (begins, ends):
-            stack = node.meta.get("nn_module_stack")
-            if stack:
-                returned: Any = None
-                if node.target is ends:
-                    returned = fx.node.map_arg(node.args, seen.__getitem__)  # type: ignore[arg-type]
-                key, (path, kind) = next(reversed(stack.items()))
-                reading.marks.append(Mark(len(reading.nodes), (key, path, _class_name(kind)), returned))
+            cls, *returned = fx.node.map_arg(node.args, seen.__getitem__)  # type: ignore[arg-type]
+            stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+            key, (path, kind) = next(reversed(stack.items()))
+            if _class_name(kind) == cls:  # else it is a module that the program has made as it ran
+                call: Any = tuple(returned) if node.target is ends else None
+                reading.marks.append(Mark(len(reading.nodes), (key, path, cls), call))
+        elif node in dead:
+            seen[node] = Seen("", Value.of(value) if isinstance(value, torch.Tensor) else None)
         elif node.op != "output":
             seen[node] = Seen(len(reading.nodes))
             reading.nodes.append((node.op, node.target, len(node.all_input_nodes)))
     return reading
+
+
+def _kept_by_marks(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that dynamo drops when nothing uses them, and that only marks do: indexing, constants, arithmetic with
+    sizes."""
+    dead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        number = isinstance(example_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+        dropped = node.op == "get_attr" or (node.op != "placeholder" and (node.target is operator.getitem or number))
+        if dropped and node.users and all(user in dead or user.target is ends for user in node.users):
+            dead.add(node)
+    return dead
 
 
 def _class_name(kind: type | str) -> str:

@@ -20,7 +20,7 @@ from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import Frame
 from msprobe_graph.eager.paths import bare
 
-from ._compat import example_value, source
+from ._compat import example_value, memory, source
 from .arguments import Asked, asked
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
@@ -28,8 +28,9 @@ from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_parts, gradient_i
 from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
-NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it is not handed to it"
+NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it neither takes nor computes it"
 IN_BODY = "it is in the body of a higher-order operator (activation checkpointing), where no taps lie"
+NO_MEMORY = "it is sparse, or inside a torch.func transform"
 WRITTEN = "it was changed in place before, in a way that compiled code keeps no value of"
 NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
 
@@ -210,6 +211,8 @@ class _Naming:
             return describe(None) if value is None else {"type": _python_type(value), "value": None}
         if node not in self._index:
             return Absent(Value.of(value), IN_BODY)
+        if memory(value) is None:
+            return Absent(Value.of(value), NO_MEMORY)
         current = self._writes.value_at(node, self._at)
         if current is None:
             return Absent(Value.of(value), WRITTEN)

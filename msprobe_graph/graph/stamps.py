@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ._compat import memory
+
 KEY = "msprobe_graph"
 """Below this name the stamp lies in ``node.meta["custom"]``."""
 
@@ -107,7 +109,8 @@ def _unchanged(node: fx.Node, example: torch.Tensor) -> fx.Node | None:
     if not isinstance(argument, torch.Tensor) or argument.dtype != example.dtype:
         return None
     same = (
-        argument.untyped_storage()._cdata == example.untyped_storage()._cdata
+        memory(argument) is not None
+        and memory(argument) == memory(example)
         and _same(argument.shape, example.shape)
         and _same(argument.stride(), example.stride())
         and _same((argument.storage_offset(),), (example.storage_offset(),))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ._compat import example_value
+from ._compat import example_value, memory
 from .plan import value_id
 from .writes import Writes
 
@@ -57,11 +57,10 @@ def _same_elements(one: object, other: object) -> bool:
     """Whether two fake tensors are the same memory, all of it."""
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.dtype != other.dtype:
         return False
-    if one.layout != torch.strided or other.layout != torch.strided or any(map(_is_dynamic, (one, other))):
+    if memory(one) is None or memory(one) != memory(other) or any(map(_is_dynamic, (one, other))):
         return False
     return (
-        one.untyped_storage()._cdata == other.untyped_storage()._cdata
-        and one.numel() == other.numel()
+        one.numel() == other.numel()
         and one.storage_offset() == other.storage_offset()
         and _is_dense(one)
         and _is_dense(other)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._compat import example_value
+from ._compat import example_value, memory
 from .arguments import asked
 from .stamps import written_arguments
 
@@ -77,8 +77,8 @@ def _nodes(nest: Any) -> Iterator[fx.Node]:
 def _storages(node: fx.Node) -> Iterator[int]:
     value = example_value(node)
     for tensor in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-            yield tensor.untyped_storage()._cdata
+        if isinstance(tensor, torch.Tensor) and (found := memory(tensor)) is not None:
+            yield found
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
