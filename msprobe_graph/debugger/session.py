@@ -222,9 +222,7 @@ class Session:
         expected, captured, holes = self.capture.sites()
         if self._at_max_steps():
             holes.append(Hole("later steps", f"max_steps ({self.settings.max_steps}) is reached"))
-        step = self._recorder.as_step(
-            finished, expected, captured, self.capture.rest(), [*holes, *self.boundary.holes]
-        )
+        step = self._recorder.as_step(finished, expected, captured, self.capture.rest(), [*holes, *self.boundary.holes])
         if not step.entries and not step.saved and finished:
             log.warning(
                 "step %d of %s captured nothing; its manifest says what was expected",

@@ -55,8 +55,8 @@ def example(placeholder: fx.Node) -> Any:
 
 
 def memory(tensor: torch.Tensor) -> int | None:
-    """Tells a tensor's memory from that of others; None for one that has none of its own: sparse, or inside a torch.func
-    transform."""
+    """Tells a tensor's memory from that of others; None for one that has none of its own: sparse, or inside a
+    torch.func transform."""
     if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return int(tensor.untyped_storage()._cdata)
