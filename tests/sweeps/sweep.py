@@ -20,10 +20,10 @@ ends with status 1:
 - exact: the outputs differ, though two untapped programs agree;
 - the program is compiled in other graphs than without us, or breaks elsewhere (what a dump then holds would be eager
   capture's, of another program);
-- the compiled dump has an L0 entry, or a position in one, that eager's has not;
+- the compiled dump has an L0 entry that eager's has not;
 - an L0 entry of eager's, or a position in one, is missing without a reason;
 - exact: fewer than 60 % of eager's L0 entries are there, whole or in part; full: fewer than 95 % are whole;
-- float32: a statistic's error is above 1e-4, though the untapped program's outputs are nearer to eager's;
+- float32: an error of an L0 entry's statistic is above 1e-4, though the untapped program's outputs are nearer to eager's;
 - an architecture ended with an error.
 """  # noqa: E501
 
@@ -87,14 +87,18 @@ def violations(report: Report, dtype: str, fidelity: str) -> Iterator[str]:
         return
     if fidelity == "exact" and report.deterministic and not report.equal:
         yield "the outputs differ from the untapped program's"
-    if (report.captured_graphs, report.captured_breaks) != (report.graphs, report.breaks):
+    # How often dynamo meets a break grows with its traces, of which capture makes three instead of one.
+    if (report.captured_graphs, report.captured_breaks.keys()) != (report.graphs, report.breaks.keys()):
         yield (
             f"capture has changed what is compiled: {report.captured_graphs} graphs instead of {report.graphs}, "
             f"breaks: {report.captured_breaks or 'none'}"
         )
     modules = report.agreement.coverage["L0"]
-    if modules.foreign:
-        yield f"eager has no {_some(modules.foreign)}"
+    # A position, with a space before it, may be the program's own: under tracing, models make masks that they leave out
+    # in eager code.
+    foreign = [name for name in modules.foreign if " " not in name]
+    if foreign:
+        yield f"eager has no {_some(foreign)}"
     if modules.unexplained:
         yield f"missing without a reason: {_some(modules.unexplained)}"
     there = modules.whole if fidelity == "full" else modules.whole + modules.part
