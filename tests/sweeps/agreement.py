@@ -49,8 +49,8 @@ class Agreement(NamedTuple):
     coverage: dict[str, Coverage]
     """By level: "L0" (modules) and "L1" (operators)."""
     worst: float
-    """The largest relative error of a statistic: of modules where there are any. Between operators there is no telling an
-    error from a program that takes another way when it is traced."""
+    """The largest relative error of a statistic: of modules where there are any. Between operators there is no telling
+    an error from a program that takes another way when it is traced."""
     worst_at: str
     """Its entry, position and name."""
     holes: dict[str, int]
