@@ -1,7 +1,7 @@
 """Compiled regions in an eager capture: kept as they are, seen from outside.
 
 Inside a compiled region no mode may be on: it would recompile the region or run it eagerly. So at the region's border
-the mode is off. Hooks inside are hidden from dynamo (`in_trace`): what is compiled has none, and what the region runs
+the mode is off. Hooks inside are hidden from dynamo (`unhooked`): what is compiled has none, and what the region runs
 eagerly is captured. A function compiled by itself that is no module (``f = torch.compile(f)``) can't be found
 beforehand: it stays compiled, with one more compilation for the calls made under capture.
 """

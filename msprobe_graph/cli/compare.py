@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -14,20 +14,45 @@ from msprobe_graph.analysis.compare import Compared, Comparison, compare
 from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import DumpError, StepDump, read, steps
 
+from .command import Commands, Outcome
 from .show import number
 
 ROWS = 20
 """As many entries the table holds unless all are asked for."""
 
 
-class Found(NamedTuple):
-    """What there is to say of two dumps."""
+def add_parser(commands: Commands) -> None:
+    """Tell the command line of this command."""
+    parser = commands.add_parser(
+        "compare",
+        help="find where two dumps part",
+        description="Compares two dumps of one program, entry by entry, and names the first whose inputs agree and "
+        "whose output does not. Exit code 1 where they part, 0 where they agree. Two tensors are as far apart as the "
+        "worst of their Max, Min, Mean and Norm: |b - a| / max(Norm / sqrt(number of values), |a|, |b|).",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="a dump_path, or a step or process folder in it")
+    parser.add_argument("b", type=Path, metavar="B", help="the other; the table is in its order")
+    parser.add_argument("--step", type=int, metavar="N", help="only this step (default: all)")
+    parser.add_argument("--rank", type=int, metavar="R", help="only this rank (default: all)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="how far apart still agrees (default: by the coarsest dtype in the dumps, float32 1e-4, bfloat16 and "
+        "float16 2e-2)",
+    )
+    parser.add_argument("--all", action="store_true", help="all entries that part, not only the first ones")
+    parser.set_defaults(run=run)
 
-    lines: list[str]
-    part: bool
+
+def run(options: Namespace) -> Outcome:
+    """The command, with the options of its parser."""
+    return compare_dumps(options.a, options.b, options.step, options.rank, options.tolerance, options.all)
 
 
-def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, tolerance: float | None, whole: bool) -> Found:
+def compare_dumps(
+    a: Path, b: Path, step: int | None, rank: int | None, tolerance: float | None, whole: bool
+) -> Outcome:
     """Compare the steps that are in both, each with a line, the first that parts in detail; what is in one only is told
     at the end, with the other's reasons.
 
@@ -58,7 +83,7 @@ def compare_dumps(a: Path, b: Path, step: int | None, rank: int | None, toleranc
             lines.append(f"    {_first(found)}")
     if not compared:
         raise DumpError(f"{a} and {b} have no tensor in common whose values both of them hold")
-    return Found([*lines, *_missing("A", "B", only_a), *_missing("B", "A", only_b)], bool(parted))
+    return Outcome([*lines, *_missing("A", "B", only_a), *_missing("B", "A", only_b)], int(parted > 0))
 
 
 def _joined(folders_a: list[Path], folders_b: list[Path]) -> Iterator[tuple[str, Path, Path]]:

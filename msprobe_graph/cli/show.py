@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from msprobe_graph.analysis.suspicion import Suspicion, suspicions
 from msprobe_graph.dump.reader import DumpError, StepDump, TensorAt, read, steps
 
+from .command import Commands, Outcome
 from .table import table
 
 LISTED = 5
 """As many steps, holes, requests are named in a line; of the rest only the number is given."""
 
 Found = tuple[TensorAt, Suspicion | None]
+
+
+def add_parser(commands: Commands) -> None:
+    """Tell the command line of this command."""
+    parser = commands.add_parser(
+        "show",
+        help="print a step as a table",
+        description="Prints a step as a table, a row for each tensor. Suspicious ones are marked with ! and a reason; "
+        "!! marks the call that makes the first NaN or Inf. In a terminal, names are shortened to fit and long tables "
+        "cut; piped, all is printed.",
+    )
+    parser.add_argument("dump", type=Path, metavar="DUMP", help="a dump_path, or a step or process folder in it")
+    parser.add_argument("--step", type=int, metavar="N", help="the step (default: the first one captured)")
+    parser.add_argument("--rank", type=int, metavar="R", help="the rank (default: the first one)")
+    parser.add_argument("--entry", metavar="SUBSTRING", help="only entries whose name contains this")
+    parser.add_argument("--suspicious", action="store_true", help="only what is suspicious")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> Outcome:
+    """The command, with the options of its parser."""
+    return Outcome(show(options.dump, options.step, options.rank, options.entry, options.suspicious))
 
 
 def show(dump: Path, step: int | None, rank: int | None, entry: str | None, suspicious: bool) -> Iterator[str]:

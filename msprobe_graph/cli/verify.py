@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from msprobe_graph.config import ConfigError
 from msprobe_graph.dump.reader import read, steps
 
-
-class Judged(NamedTuple):
-    """What there is to say of a model."""
-
-    lines: list[str]
-    same: bool
+from .command import Commands, Outcome
 
 
-def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Path | None) -> Judged:
+def add_parser(commands: Commands) -> None:
+    """Tell the command line of this command."""
+    parser = commands.add_parser(
+        "verify",
+        help="check whether taps change a compiled model",
+        description="Compiles a model with taps and without, calls each, and compares results, gradients and generated "
+        "functions. Exit code 1 where they differ. FUNCTION takes nothing and returns (model, args) or (model, args, "
+        "kwargs); gradients are compared if the model is in training mode.",
+    )
+    parser.add_argument("target", metavar="FILE.py:FUNCTION", help="what builds the model and its inputs")
+    parser.add_argument("--level", choices=["L0", "L1", "mix"], default="mix", help="(default: mix)")
+    parser.add_argument("--fidelity", choices=["exact", "full"], default="exact", help="(default: exact)")
+    parser.add_argument("--inner", default="inductor", metavar="NAME", help="what compiles (default: inductor)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the verdicts there too, as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> Outcome:
+    """The command, with the options of its parser."""
+    backend_options = {"fidelity": options.fidelity, "inner": options.inner}
+    return verify(options.target, options.level, backend_options, options.output)
+
+
+def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Path | None) -> Outcome:
     """A verdict for each graph; the last line tells whether all are the same.
 
     `target` is ``FILE.py:FUNCTION``; the function returns a model and the arguments of a call: ``(model, args)`` or
@@ -44,10 +63,8 @@ def verify(target: str, level: str, options: Mapping[str, Any], verdict_file: Pa
     verdicts = [graph["verdict"] for graph in graphs if graph.get("verdict")]
     if verdict_file is not None:
         verdict_file.write_bytes(msgspec.json.format(msgspec.json.encode(verdicts)))
-    return Judged(
-        list(_lines(verdicts, len(graphs))),
-        bool(graphs) and len(verdicts) == len(graphs) and all(each["same"] for each in verdicts),
-    )
+    same = bool(graphs) and len(verdicts) == len(graphs) and all(each["same"] for each in verdicts)
+    return Outcome(_lines(verdicts, len(graphs)), int(not same))
 
 
 def _lines(verdicts: list[dict[str, Any]], graphs: int) -> Iterator[str]:

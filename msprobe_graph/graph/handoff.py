@@ -26,6 +26,19 @@ AT_DYNAMO_LEVEL = (
 NO_BACKWARD = "backward passes of this graph are not captured: the inner backend {} has none that taps could lie in"
 
 
+class Taps(NamedTuple):
+    """What to tap in a graph. As it comes from `Taps()`: nothing."""
+
+    wanted: Mapping[int, Wanted] = {}
+    """By value id."""
+    in_full: Collection[int] = ()
+    """Those to tap whatever it takes; the others where the compiled program holds them in memory anyway."""
+    digest: str = ""
+    """Tells this choice from others in the compiler's caches."""
+    boundary: Boundary | None = None
+    """Where it ends if something goes wrong with the taps."""
+
+
 class Compiled(NamedTuple):
     """What an inner backend made of a graph."""
 
@@ -36,27 +49,13 @@ class Compiled(NamedTuple):
     """What the taps did to each program that this process has compiled of it; a backward pass comes later."""
 
 
-def hand_on(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    wanted: Mapping[int, Wanted],
-    in_full: Collection[int],
-    digest: str,
-    options: GraphOptions,
-    boundary: Boundary,
-) -> Compiled:
-    """Compile dynamo's graph with taps on the `wanted` values (by value id).
-
-    Those `in_full` are tapped whatever it takes, the others where the compiled program holds them in memory anyway.
-    `digest` tells this choice from others in the compiler's caches; what goes wrong with the taps ends at `boundary`.
-    Raises ConfigError for an inner backend that does
-    not exist.
-    """
+def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: GraphOptions) -> Compiled:
+    """Compile dynamo's graph with `taps`. Raises ConfigError for an inner backend that does not exist."""
     inner = options.inner
     if inner == "inductor":
         from .inductor import compile_with_taps
 
-        return compile_with_taps(module, inputs, wanted, in_full, digest, options, boundary)
+        return compile_with_taps(module, inputs, taps, options)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
     if backend is None:
         raise ConfigError(
@@ -66,12 +65,12 @@ def hand_on(
     if options.mode is not None:
         arguments["mode"] = options.mode
     if inner == "aot_eager":
-        tapped = _tapped_by(FullPass(wanted, digest))
+        tapped = _tapped_by(FullPass(taps.wanted, taps.digest, boundary=taps.boundary))
         return Compiled(backend(module, inputs, fw_compiler=tapped, bw_compiler=tapped, **arguments))
-    _tap_dynamo_graph(module, wanted)
+    _tap_dynamo_graph(module, taps.wanted)
     name = inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner))
     remarks = [] if inner == "eager" else [AT_DYNAMO_LEVEL.format(name)]
-    if any(ref % 2 for ref in wanted):
+    if any(ref % 2 for ref in taps.wanted):
         remarks.append(NO_BACKWARD.format(name))
     return Compiled(backend(module, inputs, **arguments), remarks)
 

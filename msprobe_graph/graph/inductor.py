@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,32 +11,22 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 
 from msprobe_graph.config import ConfigError
-from msprobe_graph.dump.boundary import Boundary
 
 from .exact import ExactPass
 from .full import FullPass
-from .handoff import Compiled
+from .handoff import Compiled, Taps
 from .options import GraphOptions
-from .stamps import Wanted
 
 
-def compile_with_taps(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    wanted: Mapping[int, Wanted],
-    in_full: Collection[int],
-    digest: str,
-    options: GraphOptions,
-    boundary: Boundary,
-) -> Compiled:
+def compile_with_taps(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: GraphOptions) -> Compiled:
     """See `handoff.hand_on`."""
     patches = inductor_config(options)
-    exact = {ref: value for ref, value in wanted.items() if ref not in in_full}
+    exact = {ref: value for ref, value in taps.wanted.items() if ref not in taps.in_full}
     theirs = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     chained = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
-    patches["post_grad_custom_post_pass"] = FullPass(wanted, digest, in_full, chained, boundary)
+    patches["post_grad_custom_post_pass"] = FullPass(taps.wanted, taps.digest, taps.in_full, chained, taps.boundary)
     theirs_after = patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass)
-    tap = ExactPass(exact, digest, theirs_after, boundary)
+    tap = ExactPass(exact, taps.digest, theirs_after, taps.boundary)
     patches["_post_fusion_custom_pass"] = tap
     # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
     # later.

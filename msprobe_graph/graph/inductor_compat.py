@@ -332,7 +332,7 @@ def _reinterpreted(view: ir.BaseView) -> ir.ReinterpretView | Hole:
     variables = index_args[0]
     try:
         index = view.make_indexer()(variables)
-    except NotImplementedError:
+    except NotImplementedError:  # what Inductor raises for a view that it has no index of
         return Hole("not_strided")
     index = V.graph.sizevars.simplify_with_ranges(index, ranges)
     strides = V.graph.sizevars.stride_vars(index, variables)

@@ -16,7 +16,7 @@ from msprobe_graph.eager.context import Context
 from msprobe_graph.version import __version__
 
 from ._compat import module_calls
-from .handoff import Compiled, hand_on
+from .handoff import Compiled, Taps, hand_on
 from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
@@ -24,7 +24,6 @@ from .plan import Plan, gradient_id, node_of, refs, value_id
 from .region import SITE, Region
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
-from .views import whole_views
 
 _marks = Marks()
 
@@ -53,19 +52,18 @@ def lower(
 
     def prepare() -> tuple[Plan, dict[int, Wanted]]:
         plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
-        plan.same = whole_views(list(module.graph.nodes))
         stamp(module)
         return plan, _wanted(plan, values(module.graph), selection.backward)
 
     prepared = boundary.attempt(SITE, prepare)
     if prepared is None or not prepared[0].calls:
-        return hand_on(module, inputs, {}, (), "", options, boundary).call
+        return hand_on(module, inputs, Taps(), options).call
     plan, wanted = prepared
     in_full = _in_full(plan, wanted, options)
-    digest = _digest(wanted, in_full)
+    taps = Taps(wanted, in_full, _digest(wanted, in_full), boundary)
 
     def compile(module: fx.GraphModule, tapped: bool, options: GraphOptions) -> Compiled:
-        return hand_on(module, inputs, wanted if tapped else {}, in_full if tapped else (), digest, options, boundary)
+        return hand_on(module, inputs, taps if tapped else Taps(), options)
 
     verifier = Verifier(module, compile, options) if options.verify else None
     return Region(plan, compile(module, True, options), running, options, verifier)

@@ -25,6 +25,7 @@ from .arguments import Asked, asked
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
 from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_parts, gradient_id, node_of, refs, value_id
+from .views import whole_views
 from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
@@ -103,6 +104,7 @@ class _Naming:
             inputs={id_: at for id_, at in inputs.items() if id_ in self._values},
             outputs={id_: at for id_, at in outputs.items() if id_ in self._values and id_ not in inputs},
             anchors=anchors(list(self._inputs)),
+            same=whole_views(self._nodes, self._writes),
             holes=[*([] if marks is not None else [NO_MARKS]), *self._untold()],
         )
 

@@ -32,14 +32,13 @@ _VIEWS = frozenset(
 )
 
 
-def whole_views(nodes: Sequence[fx.Node]) -> dict[int, int]:
+def whole_views(nodes: Sequence[fx.Node], writes: Writes) -> dict[int, int]:
     """By the id of a value that is a view of another one with all its elements: the id of that one.
 
-    nodes: all of the graph, by index; the value of a chain of views is that of its first one.
+    nodes: all of the graph, by index; writes: what they write. The value of a chain of views is that of its first one.
     """
     index = {node: number for number, node in enumerate(nodes)}
     inner = [node for node in nodes if node.op not in ("placeholder", "output")]
-    writes = Writes(inner)
     found: dict[int, int] = {}
     for position, node in enumerate(inner):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
