@@ -1,13 +1,17 @@
-"""What the tests share: the environment of vLLM, a tiny model, and the reasons for which a test is skipped."""
+"""What the tests share: vLLM's environment, a capture, a tiny model, and the reasons for which a test is skipped."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from .capturing import Capture, capture_into
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -33,14 +37,15 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    if item.get_closest_marker("gpu") and not cuda_is_available():
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
-def cuda_is_available() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+@pytest.fixture
+def capture(tmp_path: Path) -> Capture:
+    """Captures a program, each time into a folder of its own."""
+    numbers = itertools.count()
+    return lambda *args, **kwargs: capture_into(tmp_path / f"capture{next(numbers)}", *args, **kwargs)
 
 
 @pytest.fixture(scope="session")

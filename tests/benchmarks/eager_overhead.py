@@ -24,29 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from transformer import Block
 
 LAYERS, HIDDEN, HEADS, SEQUENCE = 12, 256, 4, 64
 LEVELS = ("L0", "L1", "mix")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        h = self.attention_norm(x)
-        q, k, v = (
-            projection(h).view(batch, length, HEADS, -1).transpose(1, 2) for projection in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class Timing(NamedTuple):
@@ -68,7 +50,7 @@ def milliseconds(call: Callable[[], object], times: int, end: Callable[[], objec
 
 def measure(debugger: Any, flush: Callable[[], object], rounds: int, forwards: int) -> Timing:
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval()
+    model = nn.Sequential(*(Block(HIDDEN, HEADS) for _ in range(LAYERS))).eval()
     x = torch.randn(1, SEQUENCE, HIDDEN)
 
     def captured() -> None:

@@ -21,32 +21,14 @@ from typing import Any
 
 import torch
 import torch._inductor.config
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from transformer import Block
 
 from msprobe_graph import PrecisionDebugger, msprobe_backend
 
 HIDDEN, HEADS, SEQUENCE, BATCH = 512, 8, 128, 4
 FORWARDS = 3
 """In a round."""
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        h = self.attention_norm(x)
-        q, k, v = (
-            projection(h).view(batch, length, HEADS, -1).transpose(1, 2) for projection in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 def seconds(call: Callable[[], object], times: int = 1, end: Callable[[], object] = lambda: None) -> float:
@@ -60,7 +42,7 @@ def seconds(call: Callable[[], object], times: int = 1, end: Callable[[], object
 def measure(dtype: torch.dtype, fidelity: str, layers: int, rounds: int) -> str:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = nn.Sequential(*(Block() for _ in range(layers))).eval().to(dtype)
+    model = nn.Sequential(*(Block(HIDDEN, HEADS) for _ in range(layers))).eval().to(dtype)
     x = torch.randn(BATCH, SEQUENCE, HIDDEN).to(dtype)
     kept: dict[str, Any] = {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

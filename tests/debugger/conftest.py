@@ -1,4 +1,4 @@
-"""A small model, and debuggers that write below tmp_path."""
+"""A small model, a whole step of it, and debuggers that write below tmp_path."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ NewDebugger: TypeAlias = Callable[..., PrecisionDebugger]
 """A debugger at level L0 with dump_path `dump`, and other settings as given."""
 Dumped: TypeAlias = Callable[..., dict[int, StepDump]]
 """The steps below a folder of tmp_path, by number; there is one process."""
+
+ENTRIES = ["Module.0.Linear.forward.0", "Module.1.ReLU.forward.0", "Module.Sequential.forward.0"]
 
 
 @pytest.fixture
@@ -49,3 +51,17 @@ def dumped(tmp_path: Path) -> Dumped:
         return {int(path.parent.name[4:]): read(path) for path in steps(tmp_path / folder)} if found else {}
 
     return read_all
+
+
+def forward(debugger: PrecisionDebugger, model: nn.Module, x: torch.Tensor | None = None, **start: Any) -> torch.Tensor:
+    """One whole step."""
+    debugger.start(model, **start)
+    out = model(torch.ones(2, 4) if x is None else x)
+    debugger.stop()
+    debugger.step()
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

@@ -21,20 +21,9 @@ from msprobe_graph import PrecisionDebugger
 from msprobe_graph.config import ConfigError
 from msprobe_graph.dump.reader import StepDump, read, steps
 
-from .conftest import LEVELS, Capture
+from ..capturing import LEVELS, Apply, Capture, holes
 
 STATISTICS = ("Max", "Min", "Mean", "Norm")
-
-
-class Apply(nn.Module):
-    """A module around a function."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
 
 
 def first_output(step: StepDump, entry: str) -> dict[str, Any]:
@@ -150,15 +139,13 @@ def test_a_compiled_model_stays_compiled_and_is_named(
     assert compilations() == (1, 0)
     # What runs eagerly is captured, and what doesn't is named.
     assert list(step.data) == (["Module.Layered.forward.0"] if level in ("L0", "mix") else [])
-    assert step.manifest is not None
-    holes = {hole["site"]: hole["reason"] for hole in step.manifest["holes"]}
-    assert holes.keys() == {
+    assert holes(step).keys() == {
         "Module.first.Linear",
         "Module.second.Second",
         "Module.second.fc.Linear",
         "Module.second.act.ReLU",
     }
-    assert "compiled region" in holes["Module.second.fc.Linear"]
+    assert "compiled region" in holes(step)["Module.second.fc.Linear"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -193,8 +180,8 @@ def test_a_compiled_layer_is_a_border(capture: Capture, level: str, compiling: s
         assert "relu" not in operators
         assert {"sigmoid", "tanh"} <= operators
     assert step.manifest is not None
-    holes = [hole["site"] for hole in step.manifest["holes"]]
-    assert holes == ["Module.second.fc.Linear", "Module.second.act.ReLU"]
+    missing = [hole["site"] for hole in step.manifest["holes"]]
+    assert missing == ["Module.second.fc.Linear", "Module.second.act.ReLU"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

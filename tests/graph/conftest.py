@@ -1,9 +1,7 @@
-"""Runs a program under capture, eagerly and compiled, and compares the two dumps."""
+"""Captures a program eagerly and compiled, and compares the two dumps."""
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,27 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from msprobe_graph import PrecisionDebugger, msprobe_backend
-from msprobe_graph.dump.reader import StepDump, read, steps
+from msprobe_graph import msprobe_backend
+from msprobe_graph.dump.reader import StepDump, steps
 
-Capture: TypeAlias = Callable[..., StepDump]
-"""capture(model, program, level="mix", **settings): the one step that `program()` has dumped."""
+from ..capturing import Capture, read_strictly
+from ..capturing import holes as holes
+from ..capturing import modules as modules
+
 Both: TypeAlias = Callable[..., tuple[StepDump, StepDump]]
 """both(model, program, options={"inner": "eager"}, level="mix", **settings): the step that `program(model)` dumps, and
 the step that `program(torch.compile(model))` dumps."""
 Dumped: TypeAlias = Callable[..., dict[int, StepDump]]
 """The steps below a folder of tmp_path, by number; there is one process."""
-
-
-class Apply(nn.Module):
-    """A module around a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
 
 
 class Mlp(nn.Module):
@@ -72,26 +61,6 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.fixture
-def capture(tmp_path: Path) -> Capture:
-    numbers = itertools.count()
-
-    def run(model: Any, program: Callable[[], object], level: str = "mix", **settings: Any) -> StepDump:
-        dump_path = tmp_path / f"capture{next(numbers)}"
-        debugger = PrecisionDebugger({"dump_path": str(dump_path), "level": level, "risk_level": "ALL", **settings})
-        try:
-            debugger.start(model)
-            program()
-        finally:
-            debugger.stop()
-            debugger.step()
-            debugger.flush()
-        (folder,) = steps(dump_path)
-        return _read(folder)
-
-    return run
-
-
-@pytest.fixture
 def both(capture: Capture) -> Both:
     def run(
         model: nn.Module, program: Callable[[Any], object], options: dict[str, Any] | None = None, **settings: Any
@@ -107,7 +76,7 @@ def both(capture: Capture) -> Both:
 def dumped(tmp_path: Path) -> Dumped:
     def read_all(folder: str = "dump") -> dict[int, StepDump]:
         found = list((tmp_path / folder).glob("step*"))
-        return {int(path.parent.name[4:]): _read(path) for path in steps(tmp_path / folder)} if found else {}
+        return {int(path.parent.name[4:]): read_strictly(path) for path in steps(tmp_path / folder)} if found else {}
 
     return read_all
 
@@ -142,23 +111,3 @@ def _unequal(expected: Any, found: Any, place: str, tolerance: float) -> Iterato
             yield from _unequal(one, other, f"{place}.{at}", tolerance)
     elif repr(expected) != repr(found) and not (isinstance(expected, float) and abs(expected - found) <= tolerance):
         yield f"{place}: {expected!r} is {found!r}"
-
-
-def holes(step: StepDump) -> dict[str, str]:
-    """What the manifest says is missing, and why."""
-    assert step.manifest is not None
-    return {hole["site"]: hole["reason"] for hole in step.manifest["holes"]}
-
-
-def modules(step: StepDump) -> list[str]:
-    return [name for name in step.data if name.startswith("Module.")]
-
-
-def _read(folder: Path) -> StepDump:
-    for file in folder.glob("*.json"):
-        json.loads(file.read_bytes(), parse_constant=_refuse)
-    return read(folder)
-
-
-def _refuse(word: str) -> None:
-    raise AssertionError(f"{word} is no JSON")

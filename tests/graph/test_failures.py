@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from msprobe_graph import PrecisionDebugger, flush, msprobe_backend
 
-from .conftest import Apply, Both, Capture, Dumped, Net, differences, holes
+from ..capturing import Apply, Capture, holes
+from .conftest import Both, Dumped, Net, differences
 
 EAGER = {"inner": "eager"}
 

@@ -12,7 +12,8 @@ from torch import fx, nn
 from msprobe_graph.graph._compat import module_calls
 from msprobe_graph.graph.marks import Mark, Marks, Seen
 
-from .conftest import Apply, Net
+from ..capturing import Apply
+from .conftest import Net
 
 
 class Listening:

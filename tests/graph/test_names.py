@@ -16,7 +16,8 @@ from msprobe_graph.dump.reader import StepDump
 from msprobe_graph.graph.naming import NOT_TAKEN, WRITTEN
 from msprobe_graph.graph.naming import UNUSED as UNUSED_OUTPUT
 
-from .conftest import Apply, Both, Capture, Net, differences, holes, modules
+from ..capturing import Apply, Capture, holes, modules
+from .conftest import Both, Net, differences
 
 Pair = collections.namedtuple("Pair", "left right")
 

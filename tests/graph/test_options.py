@@ -18,7 +18,8 @@ from msprobe_graph.graph.inductor import inductor_config
 from msprobe_graph.graph.options import graph_options
 from msprobe_graph.graph.tap_op import TAP
 
-from .conftest import Apply, Capture, Dumped, Net, differences
+from ..capturing import Apply, Capture
+from .conftest import Dumped, Net, differences
 
 
 class Inner:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from msprobe_graph.eager.paths import Paths
 from msprobe_graph.graph import lower as lower_module
 
-from .conftest import Both, Capture, Net, differences, holes, modules
+from ..capturing import Capture, holes, modules
+from .conftest import Both, Net, differences
 
 
 class Tied(nn.Module):

@@ -12,7 +12,8 @@ import torch
 from msprobe_graph import PrecisionDebugger, msprobe_backend
 from msprobe_graph.dump.reader import StepDump
 
-from .conftest import Both, Dumped, Net, differences, holes
+from ..capturing import holes
+from .conftest import Both, Dumped, Net, differences
 
 EAGER = {"inner": "eager"}
 

@@ -14,7 +14,8 @@ from msprobe_graph import msprobe_backend
 from msprobe_graph.dump.reader import StepDump
 from msprobe_graph.graph.naming import IN_BODY
 
-from .conftest import Both, Capture, Net, differences, holes
+from ..capturing import Capture, holes
+from .conftest import Both, Net, differences
 
 
 def train(model: nn.Module, x: Tensor) -> Callable[[Any], None]:

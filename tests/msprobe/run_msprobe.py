@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from models import CASES  # beside this file
-
 from msprobe.pytorch import PrecisionDebugger
 
 

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from torch.overrides import TorchFunctionMode, get_overridable_functions
+from torch.overrides import TorchFunctionMode
 
-from msprobe_graph.config import OperatorChanges
 from msprobe_graph.config.operators import OperatorTable, _operator_list
 
-PREFIXES = ("Functional", "Tensor", "Torch", "VF", "Distributed")
-MSPROBE = yaml.safe_load(Path(__file__).with_name("msprobe_apis.yaml").read_text(encoding="utf-8"))
-MSPROBE_NAMES = [f"{prefix}.{api}" for prefix in PREFIXES for api in MSPROBE[prefix]]
-# Listed by msProbe, invisible to a function mode; docs/operators.md gives the reasons.
-UNSEEN = {
-    "Tensor.__rdiv__",
-    "Tensor.eig",
-    "Tensor.lstsq",
-    "Tensor.solve",
-    "Tensor.symeig",
-    "Torch.symeig",
-    "Torch.range",
-}
+from .conftest import double_, twice
 
 
 class Arrivals(TorchFunctionMode):
@@ -45,21 +30,6 @@ class Arrivals(TorchFunctionMode):
         if name is not None:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def table() -> OperatorTable:
-    return OperatorTable()
-
-
-@torch.library.custom_op("msprobe_graph_test::twice", mutates_args=())
-def twice(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-@torch.library.custom_op("msprobe_graph_test::double_", mutates_args=("x",))
-def double_(x: torch.Tensor) -> None:
-    x.mul_(2)
 
 
 X = torch.tensor([[0.5, 1.5], [2.5, 3.5]])
@@ -196,72 +166,18 @@ def test_a_call_arrives_under_its_name(call: str, table: OperatorTable) -> None:
     assert " ".join(arrivals.names) == names
 
 
+def test_profiling_and_other_machinery_is_left_out(table: OperatorTable) -> None:
+    with Arrivals(table) as arrivals, torch.profiler.record_function("a block"):
+        pass
+    assert arrivals.names == []
+
+
 def test_every_listed_name_exists_in_this_torch() -> None:
     everything = _operator_list()
     for category in everything.categories.values():
         assert OperatorTable()._list_functions(category, category.names) == []
     for operator in everything.namespaces["aten"].excepted:
         assert hasattr(torch.ops.aten, operator), operator
-
-
-def test_folding_is_idempotent_and_total_over_msprobes_names(table: OperatorTable) -> None:
-    captured = {name for name in table._names.values() if name is not None}
-    folded = {name: table.fold(name) for name in MSPROBE_NAMES}
-    assert {name for name, ours in folded.items() if ours not in captured} == UNSEEN
-    assert all(table.fold(ours) == ours for ours in [*folded.values(), *captured])
-    assert len(MSPROBE_NAMES) > 1000
-
-
-@pytest.mark.parametrize(
-    ("spelling", "ours"),
-    [
-        ("Tensor.__rmul__", "Tensor.mul"),
-        ("Tensor.mul", "Tensor.mul"),
-        ("Tensor.__idiv__", "Tensor.div_"),
-        ("Functional.tanh", "Tensor.tanh"),
-        ("Functional.upsample_bilinear", "Functional.interpolate"),
-        ("Torch.conv1d", "Functional.conv1d"),
-        ("Torch.gru", "VF.gru"),
-        ("Distributed._all_gather_base", "Distributed.all_gather_into_tensor"),
-        ("vllm.unified_attention", "vllm.unified_attention"),
-    ],
-)
-def test_spellings_fold(spelling: str, ours: str, table: OperatorTable) -> None:
-    assert table.fold(spelling) == ours
-
-
-def test_risk_is_msprobes_on_our_names(table: OperatorTable) -> None:
-    ours, theirs = {}, {}
-    for name in MSPROBE_NAMES:
-        api = name.partition(".")[2]
-        theirs[name] = "core" if api in MSPROBE["risk"]["core"] else "low" if api in MSPROBE["risk"]["low"] else "focus"
-        ours[name] = table.risk(name)
-    differing = {name: ours[name] for name in ours if ours[name] != theirs[name] and name not in UNSEEN}
-    assert differing == {
-        "Functional.linear": "core",  # "chain_matmul" "linear": a comma is missing in msProbe's list
-        "Torch.chain_matmul": "core",
-        "Torch.multi_dot": "core",  # listed there as linalg.multi_dot, a name that no entry bears
-        "Torch.vecdot": "core",
-        "Torch.dsmm": "core",  # is mm
-        "Torch.spmm": "core",
-        "Tensor.__nonzero__": "low",  # is __bool__
-    }
-    assert table.risk("Distributed.all_reduce_coalesced") == "core"
-    assert table.risk("vllm.unified_attention") == "focus"
-
-
-def test_what_a_captured_python_function_hides_is_no_more_than_msprobe_hides(table: OperatorTable) -> None:
-    """Listing a Python function hides what it calls, so those that msProbe doesn't list must call nothing it lists."""
-    known = {"Functional.rms_norm", "Torch.meshgrid", "Torch.unique"}
-    extra = set()
-    for functions in get_overridable_functions().values():
-        for func in functions:
-            name = table.name(func)
-            if hasattr(func, "__code__") and name is not None:
-                spelled = {spelling for spelling in MSPROBE_NAMES if table.fold(spelling) == name}
-                if not spelled:
-                    extra.add(name)
-    assert extra == known
 
 
 @pytest.mark.parametrize(
@@ -319,100 +235,3 @@ def test_collectives_have_one_name_by_either_mode(table: OperatorTable) -> None:
     assert table.name(torch.ops._c10d_functional.all_reduce) == "Distributed.all_reduce"
     assert table.name(torch.ops.c10d.barrier.default) is None
     assert table.name(torch.ops._c10d_functional.wait_tensor.default) is None
-
-
-def test_namespaces_limit_the_custom_operators() -> None:
-    none = OperatorTable(namespaces=())
-    assert none.name(torch.ops.msprobe_graph_test.twice) is None
-    assert none.name(torch.ops.aten.mul) == "Aten.mul"
-    named = OperatorTable(namespaces=("msprobe_graph_test", "prims"))
-    assert named.name(torch.ops.msprobe_graph_test.twice) == "msprobe_graph_test.twice"
-    assert named.name(torch.ops.prims.mul) == "prims.mul"
-
-
-def test_add() -> None:
-    table = OperatorTable(
-        OperatorChanges(add={"tensor": ("item", "data"), "aten": ("detach",), "prims": ("mul",), "torch": ("zeros",)})
-    )
-    assert table.name(torch.Tensor.item) == "Tensor.item"
-    assert table.name(torch.Tensor.data.__get__) == "Tensor.data"
-    assert table.name(torch.ops.aten.detach.default) == "Aten.detach"
-    assert table.name(torch.ops.prims.mul) == "prims.mul"
-    assert table.name(torch.zeros) == "Torch.zeros"
-    assert table.name(torch.ops.aten.alias) is None
-    assert OperatorTable().name(torch.Tensor.item) is None  # tables share nothing
-
-
-def test_remove_and_what_is_inside_is_seen() -> None:
-    table = OperatorTable(OperatorChanges(remove=("Tensor.__mul__", "Torch.*", "msprobe_graph_test.twice", "Aten.mul")))
-    assert table.name(torch.Tensor.mul) is None
-    assert table.name(torch.Tensor.add) == "Tensor.add"
-    assert table.name(torch.matmul) is None
-    assert table.name(torch.conv2d) == "Functional.conv2d"
-    assert table.name(torch.ops.msprobe_graph_test.twice) is None
-    assert table.name(torch.ops.aten.mul.Tensor) is None
-    assert table.name(torch.ops.aten.add.Tensor) == "Aten.add"
-
-
-def test_only() -> None:
-    table = OperatorTable(OperatorChanges(only=("Functional.linear", "msprobe_graph_test.*")))
-    assert table.name(F.linear) == "Functional.linear"
-    assert table.name(F.relu) is None
-    assert table.name(torch.ops.msprobe_graph_test.twice) == "msprobe_graph_test.twice"
-    assert table.name(torch.ops.aten.mul) is None
-
-
-def test_operators_that_come_later_may_be_named() -> None:
-    OperatorTable(OperatorChanges(remove=("vllm.unified_attention", "_C.*", "NPU.npu_rms_norm", "Aten.*")))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            OperatorChanges(add={"tensr": ("item",)}),
-            "operators.add has the category 'tensr', but a category is one of functional, tensor, vf, torch, linalg, "
-            "fft, special, distributed, or a namespace of torch.ops of which not all is captured, such as aten; did "
-            "you mean 'tensor'?",
-        ),
-        (
-            OperatorChanges(add={"tensor": ("itm",)}),
-            "operators.add.tensor names 'itm', which torch.Tensor does not have; did you mean 'item'?",
-        ),
-        (
-            OperatorChanges(add={"aten": ("not_an_operator",)}),
-            "operators.add.aten names 'not_an_operator', which torch.ops.aten does not have",
-        ),
-        (
-            OperatorChanges(remove=("Tensor.mull",)),
-            "operators.remove names 'Tensor.mull', which is not in the operator list; did you mean 'Tensor.mul'?",
-        ),
-        (
-            OperatorChanges(remove=("mul",)),
-            "operators.remove names 'mul', which is not in the operator list; did you mean 'Tensor.mul'?",
-        ),
-        (
-            OperatorChanges(only=("tensor.mul",)),
-            "operators.only names 'tensor.mul', which is not in the operator list; did you mean 'Tensor.mul'?",
-        ),
-        (
-            OperatorChanges(only=("Functional.xyzzy*",)),
-            "operators.only names 'Functional.xyzzy*', which is not in the operator list",
-        ),
-        (
-            OperatorChanges(only=("Distributed.all_reduc",)),
-            "operators.only names 'Distributed.all_reduc', which is not in the operator list; did you mean "
-            "'Distributed.all_reduce'?",
-        ),
-    ],
-)
-def test_a_wrong_change_is_one_sentence(changes: OperatorChanges, sentence: str) -> None:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
-        OperatorTable(changes)
-    assert str(raised.value) == sentence
-
-
-def test_profiling_and_other_machinery_is_left_out(table: OperatorTable) -> None:
-    with Arrivals(table) as arrivals, torch.profiler.record_function("a block"):
-        pass
-    assert arrivals.names == []
