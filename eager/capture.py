@@ -23,6 +23,7 @@ from .context import Context
 from .fused import has_fused_path
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks, ModuleTap
+from .stretches import Stretches
 from .unhooked import keep_out_of_compilations
 
 COMPILED = "it runs inside a compiled region, which eager capture leaves as it is"
@@ -53,16 +54,19 @@ class EagerCapture:
         self._backward = Backward(self._context)
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
         self._mode: ModeSwitch | None = None
+        self._stretches: Stretches | None = None
         if settings.level in ("L1", "mix"):
             self._mode = ModeSwitch(
                 ApiMode(operators.name, Calls(self._context, operators.as_written, self._backward).record)
             )
+            self._stretches = Stretches(self._mode, self._context)
+            self._context.module_begins = self._stretches.module_begins
         elif settings.level == "L2":
             self._mode = ModeSwitch(
                 AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record)
             )
         if self._mode is not None:
-            self._context.quiet = self._mode.passive
+            self._context.quiet = self._mode.passive if self._stretches is None else self._stretches.graph
         self._borders = None if self._mode is None else Borders(self._mode)
         self._inside: dict[str, None] = {}
         """Modules inside compiled regions."""
@@ -117,6 +121,8 @@ class EagerCapture:
 
     def start(self) -> None:
         self._context.on = True
+        if self._stretches is not None:
+            self._stretches.on_this_thread()
         if self._mode is not None:
             self._mode.turn_on()
 

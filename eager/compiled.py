@@ -1,9 +1,10 @@
 """Compiled regions in an eager capture: kept as they are, seen from outside.
 
 Inside a compiled region no mode may be on: it would recompile the region or run it eagerly. So at the region's border
-the mode is off. Hooks inside are hidden from dynamo (`unhooked`): what is compiled has none, and what the region runs
-eagerly is captured. A function compiled by itself that is no module (``f = torch.compile(f)``) can't be found
-beforehand: it stays compiled, with one more compilation for the calls made under capture.
+the mode is turned off; where the region runs eagerly, the function mode is on again (`stretches`). Hooks inside are
+hidden from dynamo (`unhooked`): what is compiled has none, and what the region runs eagerly is captured. A function
+compiled by itself that is no module (``f = torch.compile(f)``) can't be found beforehand: it stays compiled, with one
+more compilation for the calls made under capture.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def survey(model: nn.Module, prefix: str = "") -> tuple[dict[str, nn.Module], li
 
 
 class Borders:
-    """The borders of compiled regions, inside which `mode` is off."""
+    """The borders of compiled regions, at which `mode` is turned off."""
 
     def __init__(self, mode: ModeSwitch) -> None:
         self._mode = mode

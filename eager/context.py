@@ -52,7 +52,7 @@ class Numbering:
 class ModuleCall:
     """A module call whose forward runs."""
 
-    __slots__ = ("anchor", "before", "edges", "entry", "name", "number", "path", "prefix")
+    __slots__ = ("anchor", "before", "edges", "end", "entry", "name", "number", "path", "prefix")
 
     def __init__(self, prefix: str, path: str, number: int, name: str | None) -> None:
         self.prefix = prefix
@@ -66,6 +66,8 @@ class ModuleCall:
         """Where its inputs hang in the autograd graph; None when gradients aren't wanted."""
         self.anchor: Anchor | None = None
         """The frame that called it; None when stacks aren't wanted."""
+        self.end: Callable[[], None] | None = None
+        """To be called at its end: see Context.module_begins."""
         self.before = sys.exc_info()[1]
         """The exception that was being handled when the call began: a newer one at its end means that it raised."""
 
@@ -100,6 +102,8 @@ class Context:
     paths: Paths = field(default_factory=Paths)
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
     """Gives contexts in which compiled code runs: this capture's mode sees nothing there."""
+    module_begins: Callable[[], Callable[[], None] | None] = lambda: None
+    """Called when a module's hooks find that its call begins; what it gives is called at the end."""
     level: str = "mix"
     """What is captured: L0, L1, mix or L2."""
     on: bool = False

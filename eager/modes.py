@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._compat import compiler_at_work, top_mode
+from ._compat import compiler_at_work, on_stack, put_on_stack, take_off_stack
 
 Record = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Records a call of a name and a function with its arguments: makes it, and returns what it returns."""
@@ -34,6 +34,8 @@ class ApiMode(TorchFunctionMode):
         self._record = record
         self.active = True
         """False lets every call pass unseen."""
+        self.handling = 0
+        """How many calls are being handled: the mode is off the stack meanwhile."""
 
     def __torch_function__(
         self,
@@ -46,14 +48,21 @@ class ApiMode(TorchFunctionMode):
         # itself computes, as when a backward pass is compiled at its first run, is no part of the program.
         if torch.compiler.is_compiling() or compiler_at_work():
             return func(*args, **(kwargs or {}))
-        name = self._name(func) if self.active else None
-        if name is not None:
-            return self._record(name, func, args, kwargs or {})
-        inside = _inside(func) if self.active else None
-        if inside is not None:
-            with self:
-                return inside(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        self.handling += 1
+        try:
+            name = self._name(func) if self.active else None
+            if name is not None:
+                return self._record(name, func, args, kwargs or {})
+            inside = _inside(func) if self.active else None
+            if inside is not None:
+                put_on_stack(self)
+                try:
+                    return inside(*args, **(kwargs or {}))
+                finally:
+                    take_off_stack(self)
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.handling -= 1
 
 
 _NO_QUESTION: dict[str, Any] = dict.fromkeys(
@@ -110,8 +119,8 @@ class AtenMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class ModeSwitch:
     """Puts one mode on this thread's stack and takes it off again, whatever the program has pushed meanwhile.
 
-    A mode can be left only from the top of the stack. One that others stand on is made passive instead, and is left as
-    soon as it is found on top.
+    A mode that can't be taken off now, because others stand on it or because it handles a call, is made passive
+    instead, and taken off as soon as that is possible.
     """
 
     def __init__(self, mode: ApiMode | AtenMode) -> None:
@@ -125,8 +134,14 @@ class ModeSwitch:
     def turn_on(self) -> None:
         self.mode.active = True
         if not self._entered:
-            self.mode.__enter__()  # type: ignore[no-untyped-call]
+            put_on_stack(self.mode)
             self._entered = True
+
+    def learn(self) -> None:
+        """Learn of it when others have taken the function mode off the stack: dynamo does so where a mode of the
+        program is on across a graph break. Not to be called by what a handler does for itself."""
+        if isinstance(self.mode, ApiMode) and not self.mode.handling and not on_stack(self.mode):
+            self._entered = False
 
     @contextmanager
     def passive(self) -> Iterator[None]:
@@ -139,6 +154,5 @@ class ModeSwitch:
 
     def turn_off(self) -> None:
         self.mode.active = False
-        if self._entered and top_mode(self.mode) is self.mode:
-            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._entered and take_off_stack(self.mode):
             self._entered = False

@@ -42,6 +42,7 @@ class ModuleTap:
         with unseen():
             context.boundary.attempt(name, self._inputs, call, args, kwargs)
         context.running.stack.append(call)
+        call.end = context.module_begins()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook, called when the forward raised too."""
@@ -49,6 +50,8 @@ class ModuleTap:
             return
         context = self._context
         call = context.running.stack.pop()
+        if call.end is not None:
+            call.end()
         name = call.name
         if name is None:
             return

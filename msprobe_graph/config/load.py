@@ -26,6 +26,7 @@ from .settings import (
     Settings,
     Task,
     TaskBlock,
+    Trigger,
     entry_matcher,
     field_doc,
 )
@@ -102,9 +103,12 @@ def load_settings(
         operators=_operators(top.operators, where),
         max_bytes=_bytes(top.max_bytes, where),
         max_steps=top.max_steps,
+        keep_last=top.keep_last,
+        flush_on=_flush_on(top, block, where),
+        flush_sites=_flush_sites(top, where),
         scope=_scope(block.scope, top, where),
-        list=_names(block.list, where, f"{top.task}.list"),
-        tensor_list=_names(block.tensor_list, where, f"{top.task}.tensor_list"),
+        list=_names(TaskBlock, block.list, where, f"{top.task}.list"),
+        tensor_list=_names(TaskBlock, block.tensor_list, where, f"{top.task}.tensor_list"),
         data_mode=_data_mode(block.data_mode, where, f"{top.task}.data_mode"),
         summary_mode=block.summary_mode,
         slice=block.slice,
@@ -242,13 +246,35 @@ def _scope(written: tuple[str, ...], top: ConfigFile, where: str) -> tuple[str, 
     return written[0], written[1]
 
 
-def _names(written: tuple[str, ...], where: str, key: str) -> tuple[str, ...]:
+def _names(form: type[msgspec.Struct], written: tuple[str, ...], where: str, key: str) -> tuple[str, ...]:
     for element in written:
         try:
             entry_matcher([element])
         except re.error as error:
-            raise _wrong(TaskBlock, where, key, element, f"an invalid expression ({error})") from None
+            raise _wrong(form, where, key, element, f"an invalid expression ({error})") from None
     return written
+
+
+def _flush_on(top: ConfigFile, block: TaskBlock, where: str) -> tuple[Trigger, ...]:
+    if top.keep_last is None:
+        if top.flush_on is not None:
+            raise _wrong(ConfigFile, where, "flush_on", top.flush_on, "but keep_last is not given")
+        return ()
+    flush_on = top.flush_on or ("nan", "inf")
+    if "request" in flush_on and not block.request_id:
+        raise _wrong(ConfigFile, where, "flush_on", flush_on, f"but {top.task}.request_id is not given")
+    if block.summary_mode == "xor" and not {"nan", "inf"}.isdisjoint(flush_on):
+        raise _wrong(ConfigFile, where, "flush_on", flush_on, f"but {top.task}.summary_mode xor knows neither")
+    return flush_on
+
+
+def _flush_sites(top: ConfigFile, where: str) -> tuple[str, ...]:
+    if top.flush_sites:
+        if top.keep_last is None:
+            raise _wrong(ConfigFile, where, "flush_sites", top.flush_sites, "but keep_last is not given")
+        if top.flush_on is not None and {"nan", "inf"}.isdisjoint(top.flush_on):
+            raise _wrong(ConfigFile, where, "flush_sites", top.flush_sites, 'but flush_on has neither "nan" nor "inf"')
+    return _names(ConfigFile, top.flush_sites, where, "flush_sites")
 
 
 def _data_mode(written: tuple[str, ...], where: str, key: str) -> frozenset[str]:

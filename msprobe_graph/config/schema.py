@@ -22,7 +22,8 @@ def json_schema() -> dict[str, Any]:
     """A JSON Schema, draft 2020-12, of the config file.
 
     It is as strict as `load_settings`, but for what a schema can't say: that a range doesn't end before it begins,
-    that a regular expression is valid, that the names in scope suit the level, and that dump_path can be made.
+    that a regular expression is valid, that the names in scope suit the level, and that dump_path can be made. Nor
+    does it look whether the task's block suits flush_on.
     """
     _, components = msgspec.json.schema_components([ConfigFile, TaskBlock], ref_template="#/$defs/{name}")
     for component in components.values():
@@ -46,10 +47,16 @@ def json_schema() -> dict[str, Any]:
         "if": {"properties": {"task": {"const": "tensor"}}, "required": ["task"]},
         "then": {"properties": {"tensor": block}},
         "else": {"properties": {"statistics": block}},
+        "allOf": [_only_with_keep_last("flush_on"), _only_with_keep_last("flush_sites")],
         "$defs": components,
     }
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))  # the defaults are tuples and structs
     return plain
+
+
+def _only_with_keep_last(name: str) -> dict[str, Any]:
+    given = {"properties": {name: {"type": "array", "minItems": 1}}, "required": [name]}
+    return {"if": given, "then": {"properties": {"keep_last": {"type": "integer"}}, "required": ["keep_last"]}}
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ Precision = Literal["high", "low"]
 RiskLevel = Literal["CORE", "FOCUS", "ALL"]
 SummaryMode = Literal["statistics", "md5", "xor"]
 DataMode = Literal["all", "forward", "backward", "input", "output"]
+Trigger = Literal["nan", "inf", "request", "signal", "rpc"]
 
 MAPPING = "<mapping>"  # the source of settings that came from no file
 NUMBER_MAX = 10**6  # the largest step or rank that msProbe takes
@@ -272,8 +273,9 @@ class ConfigFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         | None,
         _doc(
             'a number of bytes of at least 1, as 500000000, "500MB" (powers of 1000) or "10GiB" (powers of 1024)',
-            "Capture ends, and the manifest says so, when the dump reaches this.",
-            "four fifths of what the disk has free",
+            "Capture ends, and the manifest says so, when the dump reaches this. With keep_last the tensors that are "
+            "kept count too, and fewer steps are kept where it is too little.",
+            "four fifths of what the disk has free; with keep_last no more than half of the free memory",
         ),
     ] = None
     max_steps: Annotated[
@@ -284,6 +286,33 @@ class ConfigFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "no limit",
         ),
     ] = None
+    keep_last: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        _doc(
+            "a number of at least 1",
+            "Keep this many of the last captured steps in memory, and write them only when something of flush_on "
+            "fires.",
+            "every step is written",
+        ),
+    ] = None
+    flush_on: Annotated[
+        Annotated[tuple[Trigger, ...], Meta(min_length=1)] | None,
+        _doc(
+            'a list of one or more of "nan", "inf", "request", "signal", "rpc", beside keep_last ("request" where '
+            'request_id is given, "nan" and "inf" at another summary_mode than xor)',
+            "What has the steps that are kept written: a step with a NaN or an infinity after one without, the end of "
+            "the request that request_id names, SIGUSR1, a call of flush_kept().",
+            '`["nan", "inf"]` with keep_last',
+        ),
+    ] = None
+    flush_sites: Annotated[
+        tuple[_Name, ...],
+        _doc(
+            "a list of strings, each a part of an entry name or name-regex(...) around a valid regular expression, "
+            'beside keep_last and a flush_on with "nan" or "inf"',
+            "Look for NaN and infinities in these entries only (named as in list). [] is every entry.",
+        ),
+    ] = ()
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -313,9 +342,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     """None: every namespace but those of torch's own machinery; (): none."""
     operators: OperatorChanges
     max_bytes: int | None
-    """In bytes; None: the writer takes four fifths of what the disk has free."""
+    """In bytes; None: the writer looks at what disk and memory have free."""
     max_steps: int | None
     """None: no limit."""
+    keep_last: int | None
+    """None: every step is written."""
+    flush_on: tuple[Trigger, ...]
+    """Empty without keep_last, and only then."""
+    flush_sites: tuple[str, ...]
+    """As written: see `entry_matcher`."""
     scope: tuple[str, str] | None
     list: tuple[str, ...]
     """As written: see `entry_matcher`."""

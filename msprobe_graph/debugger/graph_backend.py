@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -12,6 +13,7 @@ from msprobe_graph.eager.context import Context
 from msprobe_graph.graph._compat import module_calls
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions, graph_options
+from msprobe_graph.graph.region import Region
 
 from . import sessions
 from .session import Session
@@ -49,7 +51,20 @@ def msprobe_backend(
     else:
         session = _session_of(asked)
         running = session.context
-    return lower(module, inputs, asked, session.settings, session.operators, running, session.boundary)
+    frame_module = next(iter(module_calls()), None)
+    compiled = lower(
+        module, inputs, asked, session.settings, session.operators, running, session.boundary, frame_module
+    )
+    return compiled if isinstance(compiled, Region) else partial(_run_unseen, compiled, running)
+
+
+def _run_unseen(compiled: Callable[..., Any], running: Callable[[], Context | None], *inputs: Any) -> Any:
+    """Run a graph of which nothing is captured; but eager capture, which goes on around it, must learn of it."""
+    context = running()
+    if context is None:
+        return compiled(*inputs)
+    with context.quiet():
+        return compiled(*inputs)
 
 
 def _capturing() -> Context | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from msprobe_graph.config import load_settings
+from msprobe_graph.dump.records import Request
 
 from .session import Session
 from .token_range import TokenRange
+
+log = logging.getLogger("msprobe_graph")
 
 
 class PrecisionDebugger:
@@ -42,7 +47,7 @@ class PrecisionDebugger:
         run: str | None = None,
     ) -> None:
         settings = load_settings(config_path or {}, task=task, dump_path=dump_path, level=level, step=step)
-        self._session = Session(settings, run)
+        self.session = Session(settings, run)
         self._models: dict[str, nn.Module] = {}
         self._tokens: TokenRange | None = None
 
@@ -51,7 +56,8 @@ class PrecisionDebugger:
         model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
         token_range: Sequence[int] | None = None,
         rank_id: int | None = None,
-        scheduled_tokens: Mapping[str, int] | None = None,
+        scheduled_tokens: Mapping[str, int] | Sequence[Request] | None = None,
+        padded_rows: int | None = None,
     ) -> PrecisionDebugger:
         """Capture from here on, until stop(). Used as a context manager, its end is stop() and step().
 
@@ -61,56 +67,70 @@ class PrecisionDebugger:
             their qualified names: {"model.layers": ..., "lm_head": ...}.
         token_range: [first, last]: within this start and stop, only these forwards of the model, counted from 0.
         rank_id: this process's rank, where torch.distributed doesn't know it.
-        scheduled_tokens: {request: rows}, in the order in which the requests' rows stand in the batch.
+        scheduled_tokens: {request: rows}, in the order in which the requests' rows stand in the batch; or a list of
+            dump.records.Request, in that order, which tell more.
+        padded_rows: how many rows the model runs with, where that is more than were scheduled. The last ones are
+            padding and left out of every tensor with that many rows, but for parameters and buffers of the model.
 
         Raises TypeError or ValueError, one sentence, for arguments that can't be used.
         """
         if model is not None:
             self._models = _by_prefix(model)
-        level = self._session.settings.level
+        level = self.session.settings.level
         if not self._models and (level in ("L0", "mix") or token_range is not None):
             why = f"at level {level}" if token_range is None else "to count its forwards for token_range"
             raise ValueError(f"start() needs the model {why}: start(model) or start([model, ...])")
         forwards = None if token_range is None else _forwards(token_range)
         if rank_id is not None:
-            self._session.rank = rank_id
-        if not self._session.wanted():
-            self._session.leave()
+            self.session.rank = rank_id
+        if not self.session.wanted():
+            self.session.leave()
         elif level != "debug":
-            self._session.resume(self._models, scheduled_tokens)
-            if forwards is not None and self._session.capture is not None:
-                self._tokens = TokenRange(next(iter(self._models.values())), self._session.capture, forwards)
+            self.session.resume(self._models, _in_order(scheduled_tokens or ()), padded_rows)
+            if forwards is not None and self.session.capture is not None:
+                self._tokens = TokenRange(next(iter(self._models.values())), self.session.capture, forwards)
         return self
 
     @property
     def capturing(self) -> bool:
         """Whether what runs now is captured: between start() and stop(), unless the settings leave this step or rank
         out."""
-        return self._session.capturing
+        return self.session.capturing
 
     def stop(self) -> None:
         """Capture nothing until the next start()."""
         if self._tokens is not None:
             self._tokens.remove()
             self._tokens = None
-        self._session.pause()
+        self.session.pause()
 
     def step(self) -> None:
         """The step is over: its dump is written, and what comes next belongs to the next step."""
-        running = self._session.capturing
-        self._session.next_step()
+        running = self.session.capturing
+        self.session.next_step()
         if running:
             self.start()
 
     def save(self, variable: Any, name: str) -> None:
         """At level "debug": record `variable`, a tensor or a nest of them, in the step's debug.json as
         ``{name}.{call}.debug``."""
-        if self._session.settings.level == "debug" and self._session.wanted():
-            self._session.save(name, variable)
+        if self.session.settings.level == "debug" and self.session.wanted():
+            self.session.save(name, variable)
 
     def flush(self) -> None:
         """Return when everything captured so far is on disk; a step that still runs is written as unfinished."""
-        self._session.flush()
+        self.session.flush()
+
+    def flush_kept(self) -> None:
+        """With keep_last, and "rpc" in flush_on: write the steps that are kept, and return when they are on disk. A
+        step that runs is written when it ends.
+
+        flush() doesn't do that: it is called after every step where each must be on disk before its results go out.
+        """
+        if "rpc" not in self.session.settings.flush_on:
+            log.warning('flush_kept() does nothing, because flush_on in the config does not have "rpc"')
+        self.session.fire("rpc")
+        self.session.flush()
 
     def __enter__(self) -> PrecisionDebugger:
         return self
@@ -134,6 +154,14 @@ def _by_prefix(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module])
         if not isinstance(each, nn.Module):
             raise TypeError(f"start() got a {type(each).__name__} as model; it takes an nn.Module or a list of them")
     return models
+
+
+def _in_order(scheduled_tokens: Mapping[str, int] | Sequence[Request]) -> Sequence[Request]:
+    """The requests of a batch, which holds their rows one after the other in the order given."""
+    if not isinstance(scheduled_tokens, Mapping):
+        return scheduled_tokens
+    ends = accumulate(scheduled_tokens.values())
+    return [Request(name, end - rows, end) for (name, rows), end in zip(scheduled_tokens.items(), ends, strict=True)]
 
 
 def _forwards(token_range: Sequence[int]) -> range:

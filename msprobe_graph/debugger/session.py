@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,22 @@ import msgspec
 import torch
 from torch import nn
 
-from msprobe_graph.config import ConfigError, ConfigWatch, Settings, Slice
+from msprobe_graph.config import ConfigError, ConfigWatch, Settings, Slice, entry_matcher
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.folder import claim, run_identity
 from msprobe_graph.dump.manifest import Provenance
-from msprobe_graph.dump.records import Hole, Request, Step
+from msprobe_graph.dump.records import Flushed, Hole, Request, Step
+from msprobe_graph.dump.ring import Ring
 from msprobe_graph.dump.writer import Writer
 from msprobe_graph.eager._compat import compiled_inside
 from msprobe_graph.eager.capture import EagerCapture
 from msprobe_graph.eager.context import Context
+from msprobe_graph.taps.padding import Padding
 from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
 
-from . import sessions
+from . import sessions, user_signal
 
 log = logging.getLogger("msprobe_graph")
 
@@ -56,12 +58,13 @@ class Session:
         """The running step has something that was not yet handed over as finished."""
         self._captured_steps = 0
         self._ended = False
+        self._unwatch_signal: Callable[[], None] = lambda: None
         self._nth = sessions.register(self, settings.dump_path)
 
     def wanted(self) -> bool:
         """Whether the running step is to be captured on this rank, now."""
         settings = self.settings
-        if self._ended or not self._watch.enabled():
+        if self._ended or not (self._dirty or self._watch.enabled()):  # a step that was begun is captured to its end
             return False
         if self._writer is not None and self._writer.pid != os.getpid():
             self._end("this process was forked from the one that captures", logging.WARNING)
@@ -80,17 +83,23 @@ class Session:
             return False
         return True
 
-    def resume(self, models: Mapping[str, nn.Module], scheduled_tokens: Mapping[str, int] | None = None) -> None:
-        """Capture the models, given by the prefix of their modules' names, from here on."""
+    def resume(
+        self, models: Mapping[str, nn.Module], requests: Sequence[Request] = (), padded_rows: int | None = None
+    ) -> None:
+        """Capture the models, given by the prefix of their modules' names, from here on. `requests` are those of the
+        batch in the order of their rows, which may have been padded to `padded_rows`."""
         opened = self._opened(models)
         if opened is None:
             return
         recorder, capture = opened
-        requests = _requests(scheduled_tokens or {})
         cut = self._cut(requests)
         if cut is None:
+            self.fire("request")
             return
-        recorder.cut, recorder.requests = cut, requests
+        recorder.cut, recorder.requests = cut, list(requests)
+        recorder.padding = None
+        if requests and padded_rows is not None and padded_rows > requests[-1].end:
+            recorder.padding = Padding(requests[-1].end, padded_rows, models.values())
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()
@@ -160,12 +169,22 @@ class Session:
                 self._writer.submit(self._as_step(finished=False))
             self._writer.flush()
 
+    def fire(self, trigger: str) -> None:
+        """Have the steps that are kept written if `trigger` is in flush_on, and the one that runs when it ends."""
+        if self._writer is not None and trigger in self.settings.flush_on:
+            named = (self.settings.request_id or "",) if trigger == "request" else ()
+            running = self._dirty
+            self._writer.fire(Flushed(trigger, self.step if running else self.step - 1, requests=named), running)
+
     def close(self) -> None:
         """The end: the running step is finished, everything is on disk, and what is missing is said."""
         self._end("the session was closed")
         if self._dirty:
             self.next_step()
-        self.flush()
+        self._unwatch_signal()
+        self.fire("request")
+        if self._writer is not None:
+            self._writer.close()
         if self.boundary.failures:
             log.error(
                 "%d taps failed during capture; the manifests in %s list them",
@@ -194,6 +213,8 @@ class Session:
             self._recorder.begin(self.step)
             self.capture = EagerCapture(self.settings, self._recorder, self.boundary, self.operators)
             self.capture.begin_step(self.step)
+            if "signal" in self.settings.flush_on:
+                self._unwatch_signal = user_signal.watch(partial(self.fire, "signal"))
         return self._recorder, self.capture
 
     def _open_writer(self, models: Mapping[str, nn.Module]) -> Writer:
@@ -214,7 +235,7 @@ class Session:
             config={name: _jsonable(value) for name, value in msgspec.structs.asdict(self.settings).items()},
         )
         log.info("capture into %s", dump_path)
-        return Writer(dump_path, provenance, self.boundary, self.settings.max_bytes)
+        return Writer(dump_path, provenance, self.boundary, self.settings.max_bytes, _ring(self.settings))
 
     def _as_step(self, finished: bool) -> Step:
         assert self._recorder is not None
@@ -267,13 +288,11 @@ def _operators(settings: Settings) -> OperatorTable:
         raise ConfigError(f"{settings.source}: {error}") from error
 
 
-def _requests(scheduled_tokens: Mapping[str, int]) -> list[Request]:
-    """Each request's rows of the batch, which hold the requests one after the other in the order given."""
-    requests, begin = [], 0
-    for request, rows in scheduled_tokens.items():
-        requests.append(Request(request, begin, begin + rows))
-        begin += rows
-    return requests
+def _ring(settings: Settings) -> Ring | None:
+    if settings.keep_last is None:
+        return None
+    chosen = entry_matcher(settings.flush_sites) if settings.flush_sites else lambda name: True
+    return Ring(settings.keep_last, settings.flush_on, chosen)
 
 
 def _world_size() -> int:

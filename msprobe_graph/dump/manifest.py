@@ -6,7 +6,8 @@
      "package": "0.1.0", "torch": "2.13.0+cpu", "model": "Qwen2ForCausalLM", "config": {"task": "statistics", ...},
      "entries": 212, "sites": {"expected": 40, "captured": 38},
      "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
-     "requests": [{"request": "cmpl-1", "begin": 0, "end": 12}], "graphs": []}
+     "requests": [{"request": "cmpl-1", "begin": 0, "end": 12, "phase": "prefill", "positions": [0, 12]}],
+     "graphs": []}
 
 Where compiled graphs ran, "mode" is "graph" and "graphs" tells of each what compiled it and, if this process has
 compiled it, the scheduler's nodes before and after the taps came in::
@@ -57,5 +58,6 @@ def manifest(provenance: Provenance, step: Step) -> bytes:
             "holes": step.holes,
             "requests": step.requests,
             "graphs": step.graphs,
+            "flushed": step.flushed,
         }
     )

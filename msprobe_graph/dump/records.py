@@ -14,7 +14,7 @@ One entry as it comes out in dump.json::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -85,12 +85,32 @@ class Hole(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request of a serving step and the rows of the batch that belong to it: ``begin <= row < end``."""
 
     request: str
     begin: int
     end: int
+    phase: Literal["prefill", "decode"] | None = None
+    """decode: the rows are the token that was made last, and draft tokens after it. prefill: they are a prompt or a
+    part of one, or what was known of a request that has to be computed anew. None where nobody knows."""
+    positions: tuple[int, int] | None = None
+    """Where the rows' tokens stand in the request's sequence: from the first up to but without the second."""
+
+
+class Flushed(msgspec.Struct, frozen=True):
+    """Why steps that were kept in memory have been written: see `ring.Ring`."""
+
+    on: str
+    """nan, inf, request, signal or rpc."""
+    step: int
+    """In which step that came: the one that ran, or, between steps, the last."""
+    entry: str | None = None
+    position: str | None = None
+    """Where a NaN or an infinity came up first."""
+    requests: tuple[str, ...] = ()
+    """The requests of that step; of a NaN or an infinity those in whose rows it is, where the values were there to
+    tell."""
 
 
 class Statistics(msgspec.Struct, frozen=True, gc=False):
@@ -151,5 +171,7 @@ class Step(msgspec.Struct):
     mix)."""
     captured: int = 0
     """How many of those were captured."""
+    flushed: Flushed | None = None
+    """Why it was written; None where every step is."""
     finished: bool = False
     """False while the step may still grow (stop() was called, step() was not)."""

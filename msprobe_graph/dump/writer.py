@@ -3,6 +3,8 @@
 Steps and tensors are handed over in order and written in order. A step's folder is whole when its manifest says
 "finished": the manifest is the last file written, and every JSON file is replaced in one piece, so a process killed at
 any moment leaves finished steps whole and an unfinished one recognisable.
+
+With a ring, steps go into it in place of the files, and from there into files when something fires.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from .boundary import Boundary
 from .encode import complete, document, encoded, share, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
-from .records import Hole, Step
+from .records import Flushed, Hole, Step
+from .ring import Kept, Ring, free_memory
+from .saved import File, Saved
 from .stack import grouped
 
 log = logging.getLogger("msprobe_graph")
@@ -34,22 +38,22 @@ QUEUED_STEPS = 64
 DRAFT_SECONDS = 0.5
 
 
-class _Tensor(msgspec.Struct):
-    step: int
-    name: str
-    value: torch.Tensor | Path
-    """The values, or the file of an earlier step that holds the same ones."""
-
-
 class _Wake(msgspec.Struct):
     """There is a draft to wait for."""
 
 
 class _Flush(msgspec.Struct):
     done: threading.Event
+    room: int = 0
+    """So many bytes are to be given, by dropping steps from the ring."""
 
 
-_Job = _Tensor | Step | _Wake | _Flush
+class _Fire(msgspec.Struct):
+    flushed: Flushed
+    running: bool
+
+
+_Job = File | Step | _Fire | _Wake | _Flush
 
 
 class Writer:
@@ -58,19 +62,33 @@ class Writer:
     `max_bytes` bounds what is written in all; once it is reached `full` is True and tensors are no longer taken (the
     step that is being captured is still written). An OSError (disk full, folder gone) sets `failed` and is logged
     once: from then on everything handed over is dropped.
+
+    With a `ring` only what it lets go is written. The tensors in it count against `max_bytes`, and its oldest steps are
+    dropped for newer ones to have room.
     """
 
     def __init__(
-        self, dump_path: Path, provenance: Provenance, boundary: Boundary, max_bytes: int | None = None
+        self,
+        dump_path: Path,
+        provenance: Provenance,
+        boundary: Boundary,
+        max_bytes: int | None = None,
+        ring: Ring | None = None,
     ) -> None:
         self.dump_path = dump_path
         self.provenance = provenance
-        self.max_bytes = max_bytes if max_bytes is not None else shutil.disk_usage(dump_path).free * 4 // 5
+        self.max_bytes = max_bytes if max_bytes is not None else _spare_bytes(dump_path, in_memory=ring is not None)
         self.written = 0
-        """Bytes on disk and bytes accepted for it."""
+        """Bytes on disk and bytes accepted for it or for the ring."""
+        self._kept = 0
+        """Of these, bytes that the ring may drop."""
         self.failed: OSError | None = None
+        self._ring = ring
+        self._short = False
+        """Steps had to be dropped to make room."""
         self._boundary = boundary
-        self._jobs: queue.Queue[_Job] = queue.Queue()
+        # A SimpleQueue, because fire() puts into it from a signal handler, in the middle of anything.
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._queued_bytes = 0
         self._queued_steps = 0
@@ -83,7 +101,7 @@ class Writer:
 
     @property
     def full(self) -> bool:
-        return self.written >= self.max_bytes
+        return self.written - self._kept >= self.max_bytes
 
     def folder(self, step: int) -> Path:
         return step_folder(self.dump_path, step, self.provenance.process)
@@ -91,47 +109,81 @@ class Writer:
     def tensor_file(self, step: int, name: str) -> Path:
         return self.folder(step) / TENSOR_FOLDER / name
 
-    def save(self, step: int, name: str, value: torch.Tensor) -> bool:
+    def save(self, step: int, name: str, value: torch.Tensor) -> Saved | None:
         """Take a private copy of a tensor to be written as `name`; waits while QUEUED_BYTES are taken.
 
-        False when it is not taken because `max_bytes` is reached.
+        None when it is not taken because `max_bytes` is reached.
         """
         size = value.untyped_storage().nbytes()
-        if self.written + size > self.max_bytes:
-            self.written = self.max_bytes
-            return False
-        self.written += size
+        if self._ring is not None and self.written + size > self.max_bytes:
+            self._drain(room=size)
         with self._room:
+            if self.written + size > self.max_bytes:
+                if self._ring is None:
+                    self.written = self.max_bytes
+                return None
+            self.written += size
+            if self._ring is not None:
+                self._kept += size
             self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES)
             self._queued_bytes += size
-        self._jobs.put(_Tensor(step, name, value))
-        return True
+        saved = Saved(value, size)
+        self._jobs.put(File(step, name, saved, queued=size))
+        return saved
 
-    def save_again(self, step: int, name: str, earlier: Path) -> None:
-        """Like `save`, for values that the file `earlier`, already handed over, holds: the two become one file on
-        disk."""
-        self._jobs.put(_Tensor(step, name, earlier))
+    def save_again(self, step: int, name: str, saved: Saved) -> bool:
+        """Like `save`, for values that were handed over before: the two become one file on disk.
+
+        False when they are there no longer, because the steps that had them left the ring, or their file is gone.
+        """
+        with self._room:
+            if saved.value is None and (saved.path is None or not saved.path.exists()):
+                return False
+            saved.wanted += 1
+        self._jobs.put(File(step, name, saved))
+        return True
 
     def draft(self, step: Callable[[], Step]) -> None:
         """Take a step that may go on. It is asked for and written, as unfinished, when nothing else has come for
-        DRAFT_SECONDS."""
-        self._draft = step
-        self._jobs.put(_Wake())
+        DRAFT_SECONDS. A ring has no use for it."""
+        if self._ring is None:
+            self._draft = step
+            self._jobs.put(_Wake())
 
     def submit(self, step: Step) -> None:
-        """Take a step. One that is not finished may be submitted again later, with more entries at its end."""
+        """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has
+        no use for it."""
         with self._room:
             self._draft = None
             self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS)
             self._queued_steps += 1
         self._jobs.put(step)
 
+    def fire(self, flushed: Flushed, running: bool) -> None:
+        """Have all that the ring keeps written and, if its step is still `running`, that one too when it ends. May be
+        called in a signal handler: it doesn't wait."""
+        self._jobs.put(_Fire(flushed, running))
+
     def flush(self) -> None:
-        """Return when all that was handed over is on disk (or, after a failure, dropped)."""
-        if self.pid != os.getpid():
-            return
+        """Return when all that was handed over is on disk or in the ring (or, after a failure, dropped)."""
+        if self.pid == os.getpid():
+            self._drain()
+
+    def close(self) -> None:
+        """The end: flush, and say so when a ring has kept all for itself."""
+        self.flush()
+        if self._ring is not None and self._ring.kept and not self._ring.has_fired:
+            count = len(self._ring.kept)
+            log.warning(
+                "%s kept and none of %s fired, so nothing was written to %s",
+                "1 step was" if count == 1 else f"{count} steps were",
+                ", ".join(self._ring.flush_on),
+                self.dump_path,
+            )
+
+    def _drain(self, room: int = 0) -> None:
         done = threading.Event()
-        self._jobs.put(_Flush(done))
+        self._jobs.put(_Flush(done, room))
         done.wait()
 
     def _next(self) -> _Job:
@@ -152,44 +204,115 @@ class Writer:
         while True:
             job = self._next()
             if isinstance(job, _Flush):
+                self._make_room(job.room)
                 job.done.set()
             elif not isinstance(job, _Wake):
                 if self.failed is None:
-                    self._boundary.attempt(str(self.dump_path), self._write, job)
+                    self._boundary.attempt(str(self.dump_path), self._take, job)
                 self._done(job)
 
-    def _done(self, job: _Tensor | Step) -> None:
+    def _done(self, job: File | Step | _Fire) -> None:
         with self._room:
             if isinstance(job, Step):
                 self._queued_steps -= 1
-            elif isinstance(job.value, torch.Tensor):
-                self._queued_bytes -= job.value.untyped_storage().nbytes()
+            elif isinstance(job, File):
+                self._queued_bytes -= job.queued
+                if self.failed is not None:
+                    job.saved.value = None
             self._room.notify_all()
 
-    def _write(self, job: _Tensor | Step) -> None:
+    def _take(self, job: File | Step | _Fire) -> None:
+        ring = self._ring
+        if isinstance(job, _Fire):
+            if ring is not None:
+                self._let_go(ring, ring.fire(job.flushed, job.running))
+        elif isinstance(job, File):
+            if ring is None:
+                self._write(job)
+            else:
+                ring.hold(job)
+        elif ring is None:
+            _complete(job)
+            self._write(job)
+        elif job.finished:
+            _complete(job)
+            fired = ring.end(job)
+            while len(ring.kept) > ring.keep_last:
+                self._drop(ring.kept.popleft())
+            if fired is not None:
+                self._let_go(ring, fired)
+
+    def _let_go(self, ring: Ring, fired: Flushed) -> None:
+        """Write all that the ring keeps, the oldest step first."""
+        ring.tell(fired, self.dump_path)
+        while ring.kept:
+            kept = ring.kept.popleft()
+            ring.has_fired = True
+            for file in kept.files:
+                self._write(file)
+            kept.step.flushed = fired
+            self._write(kept.step)
+
+    def _make_room(self, size: int) -> None:
+        """Drop the oldest steps for `size` bytes more, unless that can never be enough."""
+        ring = self._ring
+        if ring is None or self.written - self._kept + size > self.max_bytes:
+            return
+        while ring.kept and self.written + size > self.max_bytes:
+            if not self._short:
+                self._short = True
+                log.warning(
+                    "fewer than keep_last (%d) steps are kept, because more would pass max_bytes (%d)",
+                    ring.keep_last,
+                    self.max_bytes,
+                )
+            self._drop(ring.kept.popleft())
+
+    def _drop(self, kept: Kept) -> None:
+        """Forget a step; the bytes that no step needs any more are free again."""
+        with self._room:
+            for file in kept.files:
+                saved = file.saved
+                saved.wanted -= 1
+                if not saved.wanted and saved.value is not None:
+                    saved.value = None
+                    self.written -= saved.size
+                    self._kept -= saved.size
+
+    def _write(self, job: File | Step) -> None:
+        if self.failed is not None:
+            return
         try:
             if isinstance(job, Step):
                 self._write_step(job)
             else:
-                self._write_tensor(job)
+                self._write_file(job)
         except OSError as error:
             self.failed = error
             log.error(
                 "msprobe_graph stopped writing to %s (%s); what was captured since is lost", self.dump_path, error
             )
 
-    def _write_tensor(self, job: _Tensor) -> None:
-        path = self.tensor_file(job.step, job.name)
+    def _write_file(self, file: File) -> None:
+        path = self.tensor_file(file.step, file.name)
         if not path.parent.exists():
-            self._begin(job.step)
+            self._begin(file.step)
             path.parent.mkdir()
-        if isinstance(job.value, torch.Tensor):
-            torch.save(job.value, path)
-            return
-        try:
-            os.link(job.value, path)
-        except OSError:  # a file system without hard links, or the earlier step was deleted meanwhile
-            shutil.copyfile(job.value, path)
+        saved = file.saved
+        if saved.value is not None:
+            try:
+                _save_tensor(saved.value, path)
+                saved.path = path
+            finally:
+                saved.value = None
+            if self._ring is not None:
+                with self._room:
+                    self._kept -= saved.size
+        elif saved.path is not None:
+            try:
+                os.link(saved.path, path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(saved.path, path)
 
     def _begin(self, step: int) -> Path:
         """The step's folder; the first time with a manifest that says that the step is not finished."""
@@ -201,12 +324,6 @@ class Writer:
 
     def _write_step(self, step: Step) -> None:
         folder = self._begin(step.number)
-        if step.rows is not None:
-            statistics = step.rows.fetch()
-            for row, record in step.records.items():
-                complete(record, statistics[row])
-            for measured, other in step.shared:
-                share(measured, other)
         files = {
             "dump.json": document(self._head(step), encoded(step.entries)),
             "stack.json": tree(grouped(step.entries)),
@@ -215,7 +332,8 @@ class Writer:
         if step.saved:
             values = ((name, msgspec.json.encode(value)) for name, value in step.saved.items())
             files["debug.json"] = document(self._head(step), values)
-        self.written += sum(map(len, files.values()))
+        with self._room:
+            self.written += sum(map(len, files.values()))
         if self.full:
             step.holes.append(Hole("later steps", f"max_bytes ({self.max_bytes}) is reached"))
         files["manifest.json"] = manifest(self.provenance, step)
@@ -236,3 +354,28 @@ class Writer:
             "framework": "pytorch",
             "dump_data_dir": str(tensors) if tensors.exists() else None,
         }
+
+
+def _complete(step: Step) -> None:
+    """Fill in the statistics of all records."""
+    if step.rows is not None:
+        statistics = step.rows.fetch()
+        for row, record in step.records.items():
+            complete(record, statistics[row])
+        for measured, other in step.shared:
+            share(measured, other)
+
+
+def _save_tensor(value: torch.Tensor, path: Path) -> None:
+    """torch.save, which makes a RuntimeError of a disk that refuses."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise OSError(f"torch.save could not write {path}: {error}".partition("\n")[0]) from error
+
+
+def _spare_bytes(dump_path: Path, in_memory: bool) -> int:
+    """What a dump may take when nobody says: four fifths of the free disk, of the free memory half."""
+    on_disk = shutil.disk_usage(dump_path).free * 4 // 5
+    memory = free_memory() if in_memory else None
+    return on_disk if memory is None else min(on_disk, memory // 2)

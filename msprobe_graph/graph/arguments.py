@@ -7,8 +7,10 @@ inplace=False)``. Dynamo's graph holds the call as the program made it. So the f
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 
@@ -57,3 +59,18 @@ def _nodes(nest: Any) -> Any:
     if type(nest) in (list, tuple):
         return type(nest)(_nodes(item) for item in nest)
     return nest
+
+
+def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """The arguments that a custom operator's schema says it writes, by name, in the schema's order."""
+    overload: Any = node.target
+    if isinstance(overload, torch._ops.OpOverloadPacket):
+        names = overload.overloads()  # type: ignore[no-untyped-call]
+        overload = getattr(overload, names[0]) if len(names) == 1 else None
+    if not isinstance(overload, torch._ops.OpOverload):
+        return
+    for place, argument in enumerate(overload._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(value, fx.Node):
+                yield argument.name, value

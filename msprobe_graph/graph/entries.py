@@ -11,7 +11,7 @@ from msprobe_graph.dump.names import api_entry, module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole, TensorRecord
 from msprobe_graph.eager.context import Context
 
-from .plan import Absent, Call, Place, Plan, Ref, Value, node_of, refs, tensors, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, refs, tensors, valued
 
 NOT_SEEN = "the compiled program does not hold it in memory"
 SHARED = "other parts of the program use this tensor too, and compiled code adds their gradients up in its own order"
@@ -62,7 +62,8 @@ class Entries:
         for stem in self._files.get(ref, (None,)):
             self._found[ref, stem] = record = self._context.recorder.value(value, stem)
             if stem is None:
-                self._parameters[id(value)] = record
+                self._parameters[id(value)] = self._measured[ref] = record
+        self._take_views(ref, value)
 
     def take_passing(self, ref: int, value: torch.Tensor) -> None:
         """What a tap sees of a value, or gradient, of that id."""
@@ -70,6 +71,12 @@ class Entries:
         for stem in self._files.get(ref, (None,)):
             record = self._context.recorder.passing(value, stem, self._measured.get(base))
             self._found[ref, stem] = self._measured[base] = record
+        self._take_views(ref, value)
+
+    def _take_views(self, ref: int, value: torch.Tensor) -> None:
+        for view in self._plan.reshaped.get(ref, ()):
+            sizes = self._plan.values[view].shape
+            self.take_passing(view, value.reshape([-1 if size is None else size for size in sizes]))
 
     def record_forward(self) -> None:
         """Entries in the order in which the calls end, as in eager code."""
@@ -224,8 +231,8 @@ class Entries:
         if id(nest) in self._plan.fixed:
             return nest
         if isinstance(nest, Ref):
-            value = self._plan.values[value_id(node_of(nest.id))]
-            gradient = nest.id != value_id(node_of(nest.id))
+            value = self._plan.values[valued(nest.id)]
+            gradient = nest.id != valued(nest.id)
             record = self._found.get((nest.id, stem if saves else None)) if nest.told else None
             if record is None:
                 missing[stem] = self._reason(nest)
@@ -243,7 +250,9 @@ class Entries:
         return nest
 
     def _reason(self, ref: Ref) -> str:
-        return self._reasons.get(ref.id, NOT_SEEN) if ref.told else SHARED
+        if not ref.told:
+            return SHARED
+        return self._reasons.get(ref.id) or self._reasons.get(self._plan.same.get(ref.id, ref.id), NOT_SEEN)
 
 
 def _unseen_record(value: Value, reason: str) -> TensorRecord:

@@ -15,7 +15,8 @@ from msprobe_graph.dump.boundary import Boundary
 
 from . import inductor_compat as inductor
 from .inductor_compat import SchedulerPass
-from .stamps import Found, Wanted, find, find_gradients
+from .pins import pinned
+from .stamps import Found, Wanted, spare
 
 REASONS = {
     "fused": "fused away: the compiled program keeps it in registers and never puts it in memory",
@@ -58,8 +59,9 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
     """Inductor's `_post_fusion_custom_pass` that taps the `wanted` values (by value id) that are in memory.
 
     It leaves the nodes that it is given alone. The taps go in at the last moment, and only where no generated function
-    is split or changed by them. It needs `full.FullPass` as `post_grad_custom_post_pass`, which keeps what was lowered
-    findable. `digest` tells this selection from others in the compiler's caches.
+    is split or changed by them. It needs `full.PinPass` as `joint_custom_pre_pass`, and `full.FullPass` as
+    `post_grad_custom_post_pass`, which keep values, and what was lowered of them, findable. `digest` tells this
+    selection from others in the compiler's caches.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
                 missing[id] = buffered.reason
             else:
                 tapped[id] = buffered
+        for id in spare(self._wanted, tapped):
+            del tapped[id]
         places: dict[tuple[int, Any], list[int]] = {}
         for id, buffered in list(tapped.items()):
             at = _place(schedule, buffered)
@@ -127,7 +131,7 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
 
     def _found(self, graph: fx.Graph, kind: inductor.GraphKind) -> tuple[dict[int, Found], dict[int, str]]:
         backward = kind == "backward"
-        found = find_gradients(graph, self._wanted) if backward else find(graph, self._wanted)
+        found = pinned(graph, self._wanted, backward)
         return found, {id: "rewritten" for id in self._wanted if id % 2 == backward and id not in found}
 
 
@@ -157,5 +161,5 @@ def chained_uuid(digest: str, *chained: Any) -> Any | None:
 
 def _sources() -> str:
     here = Path(__file__).parent
-    names = ("exact.py", "full.py", "inductor_compat.py", "stamps.py", "tap_op.py")
+    names = ("exact.py", "full.py", "inductor_compat.py", "pins.py", "stamps.py", "tap_op.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

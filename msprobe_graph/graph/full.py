@@ -14,18 +14,50 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from msprobe_graph.dump.boundary import Boundary
 
 from .exact import chained_uuid
-from .stamps import Wanted, find, find_gradients, gradient_flow
+from .pins import is_pinned, pin, pinned
+from .stamps import Wanted, gradient_flow, spare
 from .tap_op import KEEP, TAP
 
 MOST_VALUES = 16
 """In one tap."""
 
 
+class PinPass(CustomGraphPass):
+    """Inductor's `joint_custom_pre_pass` that pins the `wanted` values for the passes that tap them, before any other
+    pass rewrites the graph."""
+
+    def __init__(
+        self,
+        wanted: Mapping[int, Wanted],
+        digest: str,
+        chained: Sequence[Callable[[fx.Graph], None]] = (),
+        boundary: Boundary | None = None,
+    ) -> None:
+        self._wanted = wanted
+        self._digest = digest
+        self._chained = chained
+        self._boundary = boundary or Boundary()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self._wanted:
+            self._boundary.attempt("taps", pin, graph, self._wanted)
+        for each in self._chained:
+            each(graph)
+
+    def uuid(self) -> Any | None:
+        return chained_uuid(self._digest, *self._chained)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PinPass:
+        """Inductor copies its configuration, to print it; dynamic sizes can't be copied."""
+        return self
+
+
 class FullPass(CustomGraphPass):
     """Inductor's `post_grad_custom_post_pass` that taps those of the `wanted` values (by value id) that are in `ids`.
 
     A tap's place is right behind what it reads, and of neighbours several share a tap. It also marks the graph for
-    `exact.ExactPass`, which taps the other values.
+    `exact.ExactPass`, which taps the other values. Of a graph that `PinPass` has not seen it takes it that nothing has
+    rewritten it.
     """
 
     def __init__(
@@ -37,7 +69,7 @@ class FullPass(CustomGraphPass):
         boundary: Boundary | None = None,
     ) -> None:
         """`ids` None: all."""
-        self._marks = bool(wanted)
+        self._pinned = wanted
         self._wanted = {id: value for id, value in wanted.items() if ids is None or id in ids}
         self._digest = digest
         self._chained = chained
@@ -46,7 +78,9 @@ class FullPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for each in self._chained:
             each(graph)
-        if self._marks:
+        if self._pinned:
+            if not is_pinned(graph):
+                self._boundary.attempt("taps", pin, graph, self._pinned)
             with graph.inserting_before(next(iter(graph.nodes))):
                 graph.call_function(KEEP).meta["val"] = None
         if self._wanted:
@@ -61,12 +95,15 @@ class FullPass(CustomGraphPass):
 
     def _insert(self, graph: fx.Graph) -> None:
         backward = bool(gradient_flow(graph))
-        found = find_gradients(graph, self._wanted) if backward else find(graph, self._wanted)
+        found = pinned(graph, self._wanted, backward)
+        for id in spare(self._wanted, found):
+            del found[id]
         missing = {id: "rewritten" for id in self._wanted if id % 2 == backward and id not in found}
         note = json.dumps({"graph": _kind(graph), "missing": missing}, separators=(",", ":"))
         behind: dict[fx.Node, list[int]] = defaultdict(list)
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for id, place in found.items():
-            behind[place.after].append(id)
+            behind[inputs[-1] if place.after in inputs else place.after].append(id)
         for run in _runs(graph, behind):
             ids = [id for node in run for id in behind[node]]
             with graph.inserting_after(run[-1]):

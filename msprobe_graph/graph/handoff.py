@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import fx
 
@@ -14,6 +14,7 @@ from ._compat import registered_backend
 from .exact import Report
 from .full import FullPass
 from .options import GraphOptions
+from .plan import node_of
 from .stamps import Wanted
 from .tap_op import TAP
 
@@ -49,6 +50,13 @@ class Compiled(NamedTuple):
     """What the taps did to each program that this process has compiled of it; a backward pass comes later."""
 
 
+@runtime_checkable
+class Tappable(Protocol):
+    """An inner backend that puts the taps in itself."""
+
+    def compile_with_taps(self, module: fx.GraphModule, inputs: Sequence[Any], taps: Taps) -> Compiled: ...
+
+
 def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: GraphOptions) -> Compiled:
     """Compile dynamo's graph with `taps`. Raises ConfigError for an inner backend that does not exist."""
     inner = options.inner
@@ -56,6 +64,8 @@ def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: 
         from .inductor import compile_with_taps
 
         return compile_with_taps(module, inputs, taps, options)
+    if isinstance(inner, Tappable):
+        return inner.compile_with_taps(module, inputs, taps)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
     if backend is None:
         raise ConfigError(
@@ -67,7 +77,7 @@ def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: 
     if inner == "aot_eager":
         tapped = _tapped_by(FullPass(taps.wanted, taps.digest, boundary=taps.boundary))
         return Compiled(backend(module, inputs, fw_compiler=tapped, bw_compiler=tapped, **arguments))
-    _tap_dynamo_graph(module, taps.wanted)
+    tap_dynamo_graph(module, taps.wanted)
     name = inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner))
     remarks = [] if inner == "eager" else [AT_DYNAMO_LEVEL.format(name)]
     if any(ref % 2 for ref in taps.wanted):
@@ -86,11 +96,11 @@ def _tapped_by(tap: FullPass) -> Callable[..., Any]:
     return compile_aten
 
 
-def _tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted]) -> None:
+def tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted]) -> None:
     """Taps on forward values, each right behind its node."""
     nodes = list(module.graph.nodes)
     for ref in wanted:
-        node = nodes[ref // 2]
+        node = nodes[node_of(ref)]
         if ref % 2 == 0 and node.op != "placeholder":
             with module.graph.inserting_after(node):
                 module.graph.call_function(TAP, ([_written(node, wanted[ref])], [ref], ""))
@@ -101,6 +111,6 @@ def _written(node: fx.Node, value: Wanted) -> fx.Node:
     """What to read once `node` has run: its result, or the argument that it has written."""
     if value.written is None:
         return node
-    from .stamps import written_arguments
+    from .arguments import written_arguments
 
     return dict(written_arguments(node))[value.written]

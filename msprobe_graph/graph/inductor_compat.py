@@ -13,6 +13,7 @@ from torch import fx
 from torch._inductor import custom_graph_pass, dependencies, ir, lowering, scheduler
 from torch._inductor.utils import sympy_dot
 from torch._inductor.virtualized import V
+from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
 from .tap_op import KEEP, TAP
@@ -117,6 +118,10 @@ class Schedule:
             for argument in node.args[:1]
         }
 
+        self._fallbacks = {
+            node.node.fx_node: node.node for node in self.nodes if isinstance(node.node, ir.FallbackKernel)
+        }
+
     def names(self) -> list[str]:
         """Fused nodes by name."""
         return [node.get_name() for node in self._scheduler.nodes]
@@ -131,6 +136,8 @@ class Schedule:
             return Hole("not_strided")
         view = _strided(box)
         if isinstance(view, Hole):
+            view = next(self._handed_over(node, box), view)
+        if isinstance(view, Hole):
             return view
         name = view.get_name()
         if after.target in _UNINITIALISED:
@@ -138,6 +145,18 @@ class Schedule:
         if any(size == 0 for size in view.get_size()):
             return Hole("empty")
         return self._timed(name, view, self._order[after])
+
+    def _handed_over(self, node: fx.Node, box: ir.TensorBox) -> Iterator[ir.IRNode]:
+        """What operators that Inductor does not generate get of the value: it may have been computed for them alone,
+        while others compute it anew."""
+        for user in node.users:
+            kernel = self._fallbacks.get(user)
+            leaves = pytree.tree_leaves({"args": user.args, "kwargs": user.kwargs})
+            given = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(V.graph.env[leaf], ir.IRNode)]
+            if kernel is not None and len(given) == len(kernel.inputs):
+                tensor: Any = kernel.inputs[given.index(node)]
+                if isinstance(tensor, (ir.Buffer, ir.ReinterpretView)) and tensor.get_size() == box.get_size():
+                    yield tensor
 
     def _timed(self, name: str, view: ir.IRNode, order: int) -> Buffered | Hole:
         known = self._scheduler.name_to_buf

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from msprobe_graph.config import Settings
 from msprobe_graph.config.operators import OperatorTable
@@ -15,12 +15,11 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.eager.context import Context
 from msprobe_graph.version import __version__
 
-from ._compat import module_calls
 from .handoff import Compiled, Taps, hand_on
 from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
-from .plan import Plan, gradient_id, node_of, refs, value_id
+from .plan import Plan, gradient_id, refs, valued
 from .region import SITE, Region
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
@@ -36,9 +35,10 @@ def lower(
     operators: OperatorTable,
     running: Callable[[], Context | None],
     boundary: Boundary,
+    frame_module: nn.Module | None,
 ) -> Callable[..., Any]:
     """What a dynamo backend returns for a graph: a function that computes it and, when `running` gives a capture,
-    records the calls in it.
+    records the calls in it. `frame_module`: see `naming.plan_of`.
 
     A graph without anything that `settings` select is handed on as it came, and so is one that can't be understood:
     then `boundary` has the hole.
@@ -46,7 +46,6 @@ def lower(
     modules, apis = settings.level in ("L0", "mix"), settings.level in ("L1", "mix")
     has_modules = any(node.meta.get("nn_module_stack") for node in module.graph.nodes)
     marks = _marks.of(module.graph) if modules and has_modules else ()
-    frame_module = next(iter(module_calls()), None)
     selection = Selection(settings, operators.risk)
     wants_api = selection.may_want_api if apis else lambda name: False
 
@@ -70,14 +69,23 @@ def lower(
 
 
 def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, Wanted]:
-    """The values to tap. The graph's inputs and outputs need none: they are read where they come in and go out."""
+    """The values to tap. The graph's inputs and outputs need none, and views of them neither: they are read where they
+    come in and go out."""
     outside = plan.inputs.keys() | plan.outputs.keys()
     wanted = {ref: known[ref] for ref in plan.values if ref in known and ref not in outside}
+    for base, views in plan.reshaped.items():
+        if base in known and base not in outside:
+            wanted[base] = known[base]
+        for view in views:
+            if base in outside:
+                wanted.pop(view, None)
+            elif view in wanted:
+                wanted[view] = wanted[view]._replace(view_of=base)
     if backward:
         for call in plan.calls:
             for ref in refs([call.given, call.gives]):
-                if ref.told and value_id(node_of(ref.id)) in known:
-                    wanted[ref.id] = known[value_id(node_of(ref.id))]
+                if ref.told and valued(ref.id) in known:
+                    wanted[ref.id] = known[valued(ref.id)]
     return wanted
 
 

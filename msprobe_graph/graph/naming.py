@@ -21,10 +21,11 @@ from msprobe_graph.dump.records import Frame
 from msprobe_graph.eager.paths import bare
 
 from ._compat import example_value, memory, source
-from .arguments import Asked, asked
+from .arguments import Asked, asked, written_arguments
+from .elements import in_row_major
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
-from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_parts, gradient_id, node_of, refs, value_id
+from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_in, gradient_id, node_of, refs, value_id, writes_of
 from .views import whole_views
 from .writes import Writes
 
@@ -33,6 +34,8 @@ NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it neither takes
 IN_BODY = "it is in the body of a higher-order operator (activation checkpointing), where no taps lie"
 NO_MEMORY = "it is sparse, or inside a torch.func transform"
 WRITTEN = "it was changed in place before, in a way that compiled code keeps no value of"
+RESHAPED = 1000
+"""From here on the high bits of an id count such arguments of the graph."""
 NO_MARKS = "dynamo traced this graph differently when asked for its module calls, so they are not known"
 
 
@@ -75,6 +78,8 @@ class _Naming:
         """By module call: the position of its first node."""
         self._time = 0
         self._writes = Writes(self._inner)
+        self._reshaped: dict[tuple[int, tuple[int | None, ...]], int] = {}
+        """Ids of written arguments that are read in another shape, by the argument's and that shape."""
         self._functionals = functionals(self._inner, _stack, operators.name)
         self._at = 0
         """The position before which values are asked for."""
@@ -92,21 +97,44 @@ class _Naming:
         returned = next(node for node in self._nodes if node.op == "output").args[0]
         outputs: dict[int, int] = {}
         for at, node in enumerate(returned):
-            last = self._writes.value_at(node, len(self._inner)) if isinstance(node, fx.Node) else None
+            last = self._current(node, len(self._inner)) if isinstance(node, fx.Node) else None
             if last is not None:
-                outputs.setdefault(value_id(self._index[last]), at)
+                outputs.setdefault(last, at)
         calls = self._calls
+        same = {**whole_views(self._nodes, self._writes), **{id_: of for (of, _), id_ in self._reshaped.items()}}
+        reshaped = self._reshaped_of(same)
         return Plan(
             calls=calls,
             ending=sorted(range(len(calls)), key=lambda index: calls[index].end),
-            fixed={id(part) for call in calls for part in fixed_parts([call.args, call.kwargs, call.output])},
+            fixed=fixed_in(calls),
             values=self._values,
-            inputs={id_: at for id_, at in inputs.items() if id_ in self._values},
-            outputs={id_: at for id_, at in outputs.items() if id_ in self._values and id_ not in inputs},
+            inputs={id_: at for id_, at in inputs.items() if id_ in self._values or id_ in reshaped},
+            outputs={
+                id_: at for id_, at in outputs.items() if (id_ in self._values or id_ in reshaped) and id_ not in inputs
+            },
             anchors=anchors(list(self._inputs)),
-            same=whole_views(self._nodes, self._writes),
+            same=same,
+            reshaped=reshaped,
             holes=[*([] if marks is not None else [NO_MARKS]), *self._untold()],
         )
+
+    def _reshaped_of(self, same: dict[int, int]) -> dict[int, list[int]]:
+        """See Plan.reshaped."""
+        found: dict[int, list[int]] = {}
+        for view, base in same.items():
+            if view not in self._values or self._values[view].shape.count(None) > 1:
+                continue
+            if view in self._reshaped.values() or all(in_row_major(self._tensor(id_)) for id_ in (view, base)):
+                found.setdefault(base, []).append(view)
+        return found
+
+    def _tensor(self, id: int) -> torch.Tensor:
+        """The fake tensor of a value."""
+        node, nth = self._nodes[node_of(id)], writes_of(id)
+        if nth:
+            _, node = list(written_arguments(node))[nth - 1]
+        tensor: torch.Tensor = example_value(node)
+        return tensor
 
     def _untold(self) -> list[str]:
         names = {self._operators.name(call.function): call.told for call in self._functionals.values()}
@@ -215,13 +243,26 @@ class _Naming:
             return Absent(Value.of(value), IN_BODY)
         if memory(value) is None:
             return Absent(Value.of(value), NO_MEMORY)
-        current = self._writes.value_at(node, self._at)
+        current = self._current(node, self._at)
         if current is None:
             return Absent(Value.of(value), WRITTEN)
-        ref = value_id(self._index[current])
-        if ref not in self._values:
-            self._values[ref] = Value.of(example_value(current))
-        return Ref(ref)
+        if current not in self._values:
+            self._values[current] = Value.of(value if writes_of(current) else self._tensor(current))
+        return Ref(current)
+
+    def _current(self, node: fx.Node, position: int) -> int | None:
+        """The id of the value that the tensor of `node` has right before `position`; None if it has none."""
+        current = self._writes.value_at(node, position)
+        if current is None:
+            return None
+        if isinstance(current, fx.Node):
+            return value_id(self._index[current])
+        writer = self._index[current.writer]
+        written = value_id(writer, current.nth)
+        if not current.reshaped:
+            return written
+        shape = Value.of(example_value(node)).shape
+        return self._reshaped.setdefault((written, shape), value_id(writer, RESHAPED + len(self._reshaped)))
 
     def _place_of(self, node: fx.Node) -> Place | None:
         stack = node.meta.get("nn_module_stack")

@@ -32,8 +32,8 @@ class Value(msgspec.Struct, frozen=True):
 class Ref(msgspec.Struct, frozen=True):
     """Stands in a call's arguments or results for the value of this id.
 
-    The value of the node at index n of dynamo's graph has the id 2n; the gradient of the loss with respect to it has
-    the id 2n + 1.
+    The value of the node at index n of dynamo's graph has the id 2n (and high bits, if it is an argument that the node
+    has written); the gradient of the loss with respect to it has the next id.
     """
 
     id: int
@@ -48,13 +48,28 @@ class Absent(msgspec.Struct, frozen=True):
     reason: str
 
 
-def value_id(index: int) -> int:
-    return 2 * index
+_WRITTEN = 40
+"""The bit of an id from which on it counts the arguments that a node has written."""
+
+
+def value_id(index: int, nth: int = 0) -> int:
+    """Of what the node at `index` gives, or of the `nth` argument, counted from 1, that it writes."""
+    return (nth << _WRITTEN) + 2 * index
 
 
 def node_of(id: int) -> int:
     """The index of the node that the value, or gradient, of that id belongs to."""
-    return id // 2
+    return (id & ((1 << _WRITTEN) - 1)) // 2
+
+
+def writes_of(id: int) -> int:
+    """Which of the arguments that its node writes the value is; 0 if it is what the node gives."""
+    return id >> _WRITTEN
+
+
+def valued(id: int) -> int:
+    """The id itself, or for a gradient that of the value that it belongs to."""
+    return id & ~1
 
 
 def gradient_id(value: int) -> int:
@@ -83,6 +98,11 @@ def fixed_parts(nest: Any) -> Iterator[Any]:
     elif isinstance(nest, (list, dict)):
         for item in nest.values() if isinstance(nest, dict) else nest:
             yield from fixed_parts(item)
+
+
+def fixed_in(calls: list[Call]) -> set[int]:
+    """See Plan.fixed."""
+    return {id(part) for call in calls for part in fixed_parts([call.args, call.kwargs, call.output])}
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -134,6 +154,9 @@ class Plan(msgspec.Struct):
     which module the root is."""
     same: dict[int, int] = {}
     """Ids of values that are views of others with all their elements, and the ids of these."""
+    reshaped: dict[int, list[int]] = {}
+    """By the id of a value: those of its views that can be had from it, by Tensor.reshape, where they have no memory of
+    their own."""
     ending: list[int] = []
     """The calls, by index, in the order in which they end."""
     fixed: set[int] = set()

@@ -130,7 +130,10 @@ class Invocation:
     def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
         if note:
             missing: dict[str, str] = msgspec.json.decode(note)["missing"]
-            self._region.reasons.update((int(ref), REASONS[code]) for ref, code in missing.items())
+            for id_, code in missing.items():
+                # Of a graph compiled in pieces, each piece says of what the others compute that it is not there.
+                if code != "rewritten" or int(id_) not in self._region.reasons:
+                    self._region.reasons[int(id_)] = REASONS[code]
         with unseen():
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)

@@ -8,14 +8,17 @@ stamp, its shape and its dtype; a value for which that leaves any doubt is not f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._compat import memory
+from ._compat import example_value, memory
+from .arguments import written_arguments
+from .plan import value_id
+from .writes import Writes
 
 KEY = "msprobe_graph"
 """Below this name the stamp lies in ``node.meta["custom"]``."""
@@ -34,6 +37,15 @@ class Wanted(NamedTuple):
     """The name of the argument that it is, for an operator that returns nothing and writes its arguments."""
     returned: int | None = None
     """Its place among the outputs of dynamo's graph, where nothing in the graph reads it."""
+    alike: bool = False
+    """Whether another output of that call has its shape and dtype."""
+    view_of: int | None = None
+    """The id of the value that it is a view of, where that serves for it."""
+
+
+def spare(wanted: Mapping[int, Wanted], found: Collection[int]) -> list[int]:
+    """Those of the values found that are views of another one."""
+    return [id for id in found if wanted[id].view_of in found]
 
 
 class Found(NamedTuple):
@@ -51,37 +63,40 @@ def stamp(module: fx.GraphModule) -> None:
 
 
 def values(graph: fx.Graph) -> dict[int, Wanted]:
-    """The tensors of dynamo's graph by value id. Of its inputs only the gradients (id + 1) can be found again."""
+    """The tensors of dynamo's graph by value id."""
     index = {node: number for number, node in enumerate(graph.nodes)}
+    inner = [node for node in index if node.op not in ("placeholder", "output")]
+    writes, first = Writes(inner), index[inner[0]] if inner else 0
     wanted: dict[int, Wanted] = {}
     for node, number in index.items():
-        example = node.meta.get("example_value")
+        example = example_value(node)
         if node.op in ("placeholder", "output"):
             if isinstance(example, torch.Tensor):
                 wanted[2 * number] = Wanted(number, tuple(example.shape), example.dtype)
         elif isinstance(example, torch.Tensor):
-            wanted[2 * number] = _wanted(node, number, example, index, wanted)
-        elif example is None:
-            for name, argument in written_arguments(node):
-                tensor = argument.meta.get("example_value")
-                if isinstance(tensor, torch.Tensor):
-                    wanted[2 * number] = Wanted(number, tuple(tensor.shape), tensor.dtype, written=name)
-                break
+            argument = _unchanged(node, example)
+            source = node if argument is None else writes.value_at(argument, number - first + 1)
+            made = index[source] if isinstance(source, fx.Node) else None
+            if made == number:
+                wanted[2 * number] = _wanted(node, number, example, index)
+            elif made is not None and 2 * made in wanted:
+                wanted[2 * number] = wanted[2 * made]
+        for nth, (name, written) in enumerate(written_arguments(node), 1):
+            tensor = written.meta.get("example_value")
+            if isinstance(tensor, torch.Tensor):
+                wanted[value_id(number, nth)] = Wanted(number, tuple(tensor.shape), tensor.dtype, written=name)
     return wanted
 
 
-def _wanted(
-    node: fx.Node, number: int, example: torch.Tensor, index: Mapping[fx.Node, int], known: Mapping[int, Wanted]
-) -> Wanted:
-    source = _unchanged(node, example)
-    if source is not None and 2 * index[source] in known:
-        return known[2 * index[source]]
-    stamped, item = number, None
+def _wanted(node: fx.Node, number: int, example: torch.Tensor, index: Mapping[fx.Node, int]) -> Wanted:
+    stamped, item, alike = number, None, False
     if _name(node.target) == "getitem" and isinstance(node.args[0], fx.Node):
         container = node.args[0].meta.get("example_value")
         if isinstance(container, (tuple, list)) and isinstance(node.args[1], int):
             stamped, item = index[node.args[0]], node.args[1] % len(container)
-    return Wanted(stamped, tuple(example.shape), example.dtype, item, returned=_returned(node))
+            others = [each for at, each in enumerate(container) if at != item and isinstance(each, torch.Tensor)]
+            alike = any(each.dtype == example.dtype and _same(each.shape, example.shape) for each in others)
+    return Wanted(stamped, tuple(example.shape), example.dtype, item, None, _returned(node), alike)
 
 
 def _returned(node: fx.Node) -> int | None:
@@ -105,7 +120,7 @@ def _unchanged(node: fx.Node, example: torch.Tensor) -> fx.Node | None:
     """The argument that the call returned just as it was (``x.contiguous()``, dropout in evaluation)."""
     if _name(node.target) not in _MAY_CHANGE_NOTHING or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    argument = node.args[0].meta.get("example_value")
+    argument = example_value(node.args[0])
     if not isinstance(argument, torch.Tensor) or argument.dtype != example.dtype:
         return None
     same = (
@@ -122,21 +137,6 @@ def _name(target: Any) -> str:
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
-def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """The arguments that a custom operator's schema says it writes, by name, in the schema's order."""
-    overload: Any = node.target
-    if isinstance(overload, torch._ops.OpOverloadPacket):
-        names = overload.overloads()  # type: ignore[no-untyped-call]
-        overload = getattr(overload, names[0]) if len(names) == 1 else None
-    if not isinstance(overload, torch._ops.OpOverload):
-        return
-    for place, argument in enumerate(overload._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            if isinstance(value, fx.Node):
-                yield argument.name, value
-
-
 def stamp_of(node: fx.Node) -> int | None:
     found = node.meta.get("custom", {}).get(KEY)
     return found if isinstance(found, int) else None
@@ -145,32 +145,72 @@ def stamp_of(node: fx.Node) -> int | None:
 def find(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, Found]:
     """What the wanted values (even ids) are in an aten graph of the forward pass, as far as that is sure.
 
-    Several ids may be one node. Of nodes that compute gradients ahead of the backward pass, none is taken.
+    Several ids may be one node. Of nodes that compute gradients ahead of the backward pass, none is taken. In a graph
+    that has been rewritten, a part of what a call was decomposed into may look like its result: see `pins`.
     """
+    original = originals(graph)
+    inputs = _inputs(graph)
     groups: dict[int, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         number = stamp_of(node)
         if number is not None and node.op == "call_function" and not _of_backward(node):
             groups[number].append(node)
-    items: dict[int, dict[int, Wanted]] = defaultdict(dict)
-    for value in wanted.values():
-        if value.item is not None:
-            items[value.stamp][value.item] = value
     found = {}
     for id, value in wanted.items():
         if id % 2:
             continue
         group = groups.get(value.stamp, [])
+        place: Found | None = None
         if value.written is not None:
             place = _find_written(group, value)
-        elif value.item is not None:
-            rivals = [item for number, item in items[value.stamp].items() if number != value.item]
-            place = _find_item(group, value, rivals)
+        elif value.stamp in inputs:
+            place = Found(inputs[value.stamp], inputs[value.stamp]) if fits(inputs[value.stamp], value) else None
         else:
-            place = _find_result(group, value)
+            place = _find_result(_results(group, value, original), value)
         if place is not None:
             found[id] = place
     return found
+
+
+def _inputs(graph: fx.Graph) -> dict[int, fx.Node]:
+    """Inputs of dynamo's graph, by their places. AOTAutograd describes them."""
+    found = {}
+    for node in graph.nodes:
+        described = node.meta.get("desc")
+        if node.op == "placeholder" and type(described).__name__ == "PlainAOTInput":
+            found[described.idx] = node
+    return found
+
+
+_COPIES = {
+    **dict.fromkeys(("alias", "clone", "detach", "lift_fresh", "lift_fresh_copy"), 0),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "expand", "slice", "_to_copy", "convert_element_type"), 0),
+    **dict.fromkeys(("copy", "copy_"), 1),
+}
+"""Operators of aten graphs, with the place of the argument that they return, if they change neither shape nor dtype."""
+
+
+def originals(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Nodes that have the same value as another one, which they copy, and that one."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        place = _COPIES.get(node.target.overloadpacket.__name__)
+        source = node.args[place] if place is not None and place < len(node.args) else None
+        if isinstance(source, fx.Node) and _same_meta(node, source):
+            found[node] = found.get(source, source)
+    return found
+
+
+def _same_meta(one: fx.Node, other: fx.Node) -> bool:
+    left, right = one.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(left, torch.Tensor)
+        and isinstance(right, torch.Tensor)
+        and (left.dtype, left.device) == (right.dtype, right.device)
+        and _same(left.shape, right.shape)
+    )
 
 
 def _of_backward(node: fx.Node) -> bool:
@@ -179,21 +219,20 @@ def _of_backward(node: fx.Node) -> bool:
     return tag in ("is_backward", "must_be_in_backward") or "fwd_nn_module_stack" in node.meta
 
 
-def _find_result(group: list[fx.Node], value: Wanted) -> Found | None:
-    """The result is what the call computes and does not use any further."""
+def _results(group: list[fx.Node], value: Wanted, original: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """A result is what the call computes and does not use any further. Of copies, the original."""
     inside = set(group)
-    results = [node for node in group if fits(node, value) and inside.isdisjoint(node.users)]
+    leaves = [node for node in group if fits(node, value) and inside.isdisjoint(node.users)]
+    sources = {original.get(node, node): node for node in leaves}
+    return [source if source in inside else node for source, node in sources.items()]
+
+
+def _find_result(results: list[fx.Node], value: Wanted) -> Found | None:
+    if value.alike:
+        if any(_name(node.target) != "getitem" for node in results) or len({node.args[0] for node in results}) != 1:
+            return None
+        results = [node for node in results if node.args[1] == value.item]
     return Found(results[0], results[0]) if len(results) == 1 else None
-
-
-def _find_item(group: list[fx.Node], value: Wanted, rivals: list[Wanted]) -> Found | None:
-    items = [
-        node for node in group if _name(node.target) == "getitem" and node.args[1] == value.item and fits(node, value)
-    ]
-    if len(items) == 1:
-        return Found(items[0], items[0])
-    alike = any(rival.dtype == value.dtype and _same(rival.shape, value.shape) for rival in rivals)
-    return None if alike else _find_result(group, value)
 
 
 def _find_written(group: list[fx.Node], value: Wanted) -> Found | None:
@@ -230,6 +269,7 @@ def find_gradients(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, F
     A call's gradient is what flows into those nodes of the backward pass that bear its stamp. A recomputed value of
     the forward pass is no gradient: it does not depend on what the backward pass is given.
     """
+    original = originals(graph)
     flow = gradient_flow(graph)
     entering: dict[int, dict[fx.Node, None]] = defaultdict(dict)
     for node in graph.nodes:
@@ -251,9 +291,10 @@ def find_gradients(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> dict[int, F
             sources = [of_outputs[value.returned]]
         elif value.item is None and value.written is None:
             sources = list(entering.get(value.stamp, ()))
-        fitting = [node for node in sources if fits(node, value)]
+        fitting = {original.get(node, node): node for node in sources if fits(node, value)}
         if len(fitting) == 1:
-            found[id] = Found(fitting[0], fitting[0])
+            (node,) = fitting.values()
+            found[id] = Found(node, node)
     return found
 
 

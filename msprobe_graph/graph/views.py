@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
-from ._compat import example_value, memory
+from ._compat import example_value
+from .elements import same_elements
 from .plan import value_id
-from .writes import Writes
+from .writes import Writes, Written
 
 _VIEWS = frozenset(
     [
@@ -43,40 +43,14 @@ def whole_views(nodes: Sequence[fx.Node], writes: Writes) -> dict[int, int]:
     for position, node in enumerate(inner):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         viewed = node.args[0] if name in _VIEWS and node.args else None
-        if not isinstance(viewed, fx.Node) or not _same_elements(example_value(node), example_value(viewed)):
+        if not isinstance(viewed, fx.Node) or not same_elements(example_value(node), example_value(viewed)):
             continue
         source = writes.value_at(viewed, position)
-        if source is not None and source in index:
+        if isinstance(source, Written) and not source.reshaped:
+            base = value_id(index[source.writer], source.nth)
+        elif isinstance(source, fx.Node) and source in index:
             base = value_id(index[source])
-            found[value_id(index[node])] = found.get(base, base)
+        else:
+            continue
+        found[value_id(index[node])] = found.get(base, base)
     return found
-
-
-def _same_elements(one: object, other: object) -> bool:
-    """Whether two fake tensors are the same memory, all of it."""
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.dtype != other.dtype:
-        return False
-    if memory(one) is None or memory(one) != memory(other) or any(map(_is_dynamic, (one, other))):
-        return False
-    return (
-        one.numel() == other.numel()
-        and one.storage_offset() == other.storage_offset()
-        and _is_dense(one)
-        and _is_dense(other)
-    )
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether each element has its own place, with none between them."""
-    room = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != room:
-                return False
-            room *= size
-    return True
-
-
-def _is_dynamic(tensor: torch.Tensor) -> bool:
-    """Whether to ask for its size would put a guard on it."""
-    return any(type(number) is not int for number in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))

@@ -9,14 +9,24 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from ._compat import example_value, memory
-from .arguments import asked
-from .stamps import written_arguments
+from .arguments import asked, written_arguments
+from .elements import alike, disjoint, in_row_major, same_elements
+
+
+class Written(NamedTuple):
+    """The value that an operator has written into one of its arguments."""
+
+    writer: fx.Node
+    nth: int
+    """Which of the arguments that it writes, counted from 1."""
+    reshaped: bool
+    """Whether the tensor that was asked for has another shape than the argument."""
 
 
 class Writes:
@@ -24,24 +34,35 @@ class Writes:
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
         self._positions = {node: position for position, node in enumerate(nodes)}
-        self._writers: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+        self._writers: dict[int, list[tuple[int, fx.Node, Any]]] = defaultdict(list)
+        """By memory: where it is written, by what, and through which tensor."""
         for position, node in enumerate(nodes):
             for written in _written(node):
                 for storage in _storages(written):
-                    self._writers[storage].append((position, node))
+                    self._writers[storage].append((position, node, example_value(written)))
 
-    def value_at(self, node: fx.Node, position: int) -> fx.Node | None:
-        """The node that gave the value which the tensor of `node` has right before `position`; None if none did."""
-        made = self._positions.get(node, -1)
+    def value_at(self, node: fx.Node, position: int) -> fx.Node | Written | None:
+        """What gave the value which the tensor of `node` has right before `position`: a node, or the write of an
+        operator that does not return it; None if nothing that can be told."""
+        made, value = self._positions.get(node, -1), example_value(node)
         writers = [
             writer
             for storage in _storages(node)
-            for at, writer in self._writers.get(storage, ())
-            if made < at < position
+            for at, writer, written in self._writers.get(storage, ())
+            if made < at < position and not disjoint(written, value)
         ]
         if not writers:
             return node
-        return writers[-1] if _alike(writers[-1], node) else None
+        last = writers[-1]
+        if alike(example_value(last), value):
+            return last
+        for nth, (_, argument) in enumerate(written_arguments(last), 1):
+            written = example_value(argument)
+            if alike(written, value):
+                return Written(last, nth, False)
+            if same_elements(written, value) and in_row_major(written) and in_row_major(value):
+                return Written(last, nth, True)
+        return None
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
@@ -79,21 +100,3 @@ def _storages(node: fx.Node) -> Iterator[int]:
     for tensor in value if isinstance(value, (tuple, list)) else (value,):
         if isinstance(tensor, torch.Tensor) and (found := memory(tensor)) is not None:
             yield found
-
-
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether both are the same elements of the same memory."""
-    left, right = example_value(one), example_value(other)
-    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
-        return False
-    return left is right or (
-        left.dtype == right.dtype
-        and _plain((*left.shape, *left.stride(), left.storage_offset()))
-        == _plain((*right.shape, *right.stride(), right.storage_offset()))
-        and next(_storages(one)) == next(_storages(other))
-    )
-
-
-def _plain(sizes: Sequence[Any]) -> list[str]:
-    """Compared as text, symbolic sizes add no guards."""
-    return [str(size) for size in sizes]

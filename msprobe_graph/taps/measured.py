@@ -11,12 +11,12 @@ have no version counter: they are measured every time.
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 
 import msgspec
 import torch
 
 from msprobe_graph.dump.records import TensorRecord
+from msprobe_graph.dump.saved import Saved
 
 from .native import fingerprint
 
@@ -35,8 +35,8 @@ class Known(msgspec.Struct, gc=False):
     probed: int
     """The step in which the fingerprint was last found to be the same."""
     record: TensorRecord | None = None
-    file: Path | None = None
-    """Where the values are saved, by whichever step saved them first."""
+    saved: Saved | None = None
+    """The values as the writer has them, from whichever step saved them first."""
 
 
 class Measured:

@@ -20,6 +20,7 @@ from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
 from .measured import Known, Measured
+from .padding import Padding
 from .rows import Rows
 from .unmeasurable import Unmeasurable
 
@@ -32,11 +33,13 @@ _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(val
 class Recorder:
     """Collects one step at a time.
 
-    `cut` holds the slices that apply to every tensor of the running step (the configuration's, and one request's rows).
+    `cut` holds the slices that apply to every tensor of the running step (the configuration's, and one request's rows),
+    once `padding` is off.
     """
 
     def __init__(self, settings: Settings, writer: Writer) -> None:
         self.cut: Sequence[Slice] = settings.slice
+        self.padding: Padding | None = None
         self._checksum = {"md5": crc32, "xor": xor_checksum, "statistics": None}[settings.summary_mode]
         self._measures = settings.summary_mode != "xor"
         self._writer = writer
@@ -100,9 +103,9 @@ class Recorder:
 
         same: the record of a tensor with the same values, in this order or another: then it is not measured again.
         """
-        if self.cut:
-            tensor = _sliced(tensor, self.cut)
-        if same is None or self._checksum is not None:
+        partly = self.padding is not None or bool(self.cut)  # which depends on the shape, not on the values alone
+        tensor = self._part(tensor)
+        if same is None or self._checksum is not None or partly:
             record = self._read(tensor, stem)
         else:
             record = TensorRecord("torch.Tensor", same.dtype, tensor.shape, None, None, None, None, False)
@@ -119,8 +122,7 @@ class Recorder:
         }
 
     def _tensor(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
-        if self.cut:
-            tensor = _sliced(tensor, self.cut)
+        tensor = self._part(tensor)
         known = self._measured.lookup(tensor)
         if known is not None and stem is None:
             if known.record is None or known.record.requires_grad != tensor.requires_grad:
@@ -130,6 +132,12 @@ class Recorder:
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):
             record.data_name = f"{stem}.pt"
         return record
+
+    def _part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What is to be looked at of `tensor`: all of it, as a rule."""
+        if self.padding is not None:
+            tensor = self.padding.cut(tensor)
+        return _sliced(tensor, self.cut) if self.cut else tensor
 
     def _read(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
         record = TensorRecord("torch.Tensor", _DTYPES[tensor.dtype], None, None, None, None, None, tensor.requires_grad)
@@ -147,15 +155,15 @@ class Recorder:
 
     def _save(self, tensor: torch.Tensor, known: Known | None, name: str) -> bool:
         """Hand a copy of the values to the writer; False (and a hole) when max_bytes leaves no room for it."""
-        if known is not None and known.file is not None:
-            self._writer.save_again(self._number, name, known.file)
+        if known is not None and known.saved is not None and self._writer.save_again(self._number, name, known.saved):
             return True
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        if not self._writer.save(self._number, name, copy):
+        saved = self._writer.save(self._number, name, copy)
+        if saved is None:
             self.holes.append(Hole(name, "not saved: the dump has reached max_bytes"))
             return False
         if known is not None:
-            known.file = self._writer.tensor_file(self._number, name)
+            known.saved = saved
         return True
 
 

@@ -81,6 +81,50 @@ def test_operators():
 
 
 @pytest.mark.parametrize(
+    ("given", "flush_on"),
+    [
+        ({}, ()),
+        ({"keep_last": 3}, ("nan", "inf")),
+        ({"keep_last": 3, "flush_on": None}, ("nan", "inf")),
+        ({"keep_last": 3, "flush_on": ["rpc", "nan"]}, ("rpc", "nan")),
+        ({"keep_last": 3, "flush_on": ["request"], "statistics": {"request_id": "r"}}, ("request",)),
+    ],
+)
+def test_flush_on(given, flush_on):
+    settings = load(**given)
+    assert (settings.keep_last, settings.flush_on) == (given.get("keep_last"), flush_on)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"flush_on": ["nan"]}, 'flush_on is ["nan"], but keep_last is not given'),
+        ({"flush_sites": ["relu"]}, 'flush_sites is ["relu"], but keep_last is not given'),
+        (
+            {"keep_last": 3, "flush_on": ["rpc"], "flush_sites": ["relu"]},
+            'flush_sites is ["relu"], but flush_on has neither "nan" nor "inf"',
+        ),
+        (
+            {"keep_last": 3, "flush_sites": ["name-regex(()"]},
+            'flush_sites is "name-regex(()", an invalid expression',
+        ),
+        (
+            {"keep_last": 3, "flush_on": ["nan", "request"]},
+            'flush_on is ["nan", "request"], but statistics.request_id is not given',
+        ),
+        (
+            {"keep_last": 3, "task": "tensor", "tensor": {"summary_mode": "xor"}},
+            'flush_on is ["nan", "inf"], but tensor.summary_mode xor knows neither',
+        ),
+    ],
+)
+def test_what_the_ring_needs(given, why):
+    sentence = error({"dump_path": "x", **given})
+    assert f": {why}" in sentence
+    assert "; it must be a list of" in sentence
+
+
+@pytest.mark.parametrize(
     ("level", "names"),
     [
         ("L0", ["Module.layers.0.mlp.MLP.forward.0", "Module.head.Linear.backward.12"]),

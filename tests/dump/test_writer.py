@@ -221,6 +221,22 @@ def test_no_space_left(new_writer: NewWriter, caplog: pytest.LogCaptureFixture) 
     assert "No space left" in caplog.text
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_no_space_left_for_a_tensor(new_writer: NewWriter, caplog: pytest.LogCaptureFixture) -> None:
+    """torch.save doesn't raise an OSError then."""
+    writer = new_writer()
+    file = writer.tensor_file(0, "x.pt")
+    file.parent.mkdir(parents=True)
+    file.symlink_to("/dev/full")
+    writer.save(0, "x.pt", torch.ones(10_000))
+    writer.submit(Step(0, finished=True))
+    writer.save(1, "x.pt", torch.ones(1))
+    writer.flush()
+    assert isinstance(writer.failed, OSError)
+    assert "stopped writing" in caplog.text
+    assert not writer.folder(1).exists()
+
+
 def test_a_slow_disk_holds_capture_back(new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most QUEUED_BYTES wait in memory; then save() waits."""
     size = 4 * 1000
@@ -296,12 +312,13 @@ def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.
 
 def test_the_same_values_are_one_file_on_disk(new_writer: NewWriter) -> None:
     writer = new_writer()
-    writer.save(0, "weight.pt", torch.arange(3))
-    first = writer.tensor_file(0, "weight.pt")
-    writer.save_again(0, "again.pt", first)
-    writer.save_again(1, "weight.pt", first)
+    saved = writer.save(0, "weight.pt", torch.arange(3))
+    assert saved is not None
+    assert writer.save_again(0, "again.pt", saved)
     writer.flush()
-    files = [first, writer.tensor_file(0, "again.pt"), writer.tensor_file(1, "weight.pt")]
+    assert writer.save_again(1, "weight.pt", saved)
+    writer.flush()
+    files = [writer.tensor_file(0, "weight.pt"), writer.tensor_file(0, "again.pt"), writer.tensor_file(1, "weight.pt")]
     assert len({file.stat().st_ino for file in files}) == 1
     assert torch.equal(torch.load(files[2]), torch.arange(3))
 
@@ -312,11 +329,24 @@ def test_the_same_values_without_hard_links(new_writer: NewWriter, monkeypatch: 
 
     monkeypatch.setattr(os, "link", refuse)
     writer = new_writer()
-    writer.save(0, "weight.pt", torch.arange(3))
-    writer.save_again(1, "weight.pt", writer.tensor_file(0, "weight.pt"))
+    saved = writer.save(0, "weight.pt", torch.arange(3))
+    assert saved is not None
+    assert writer.save_again(1, "weight.pt", saved)
     writer.flush()
     assert writer.failed is None
     assert torch.equal(torch.load(writer.tensor_file(1, "weight.pt")), torch.arange(3))
+
+
+def test_values_whose_file_was_deleted_are_to_be_saved_anew(new_writer: NewWriter) -> None:
+    writer = new_writer()
+    saved = writer.save(0, "weight.pt", torch.arange(3))
+    assert saved is not None
+    writer.flush()
+    assert saved.value is None, "what is on disk takes no memory"
+    writer.tensor_file(0, "weight.pt").unlink()
+    assert not writer.save_again(1, "weight.pt", saved)
+    writer.flush()
+    assert writer.failed is None
 
 
 def test_max_bytes_refuses_tensors_and_is_full(new_writer: NewWriter) -> None:

@@ -15,7 +15,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from msprobe_graph.graph.exact import ExactPass
-from msprobe_graph.graph.full import FullPass
+from msprobe_graph.graph.full import FullPass, PinPass
+from msprobe_graph.graph.plan import node_of
 from msprobe_graph.graph.stamps import stamp, values
 from msprobe_graph.graph.tap_op import invocations
 
@@ -127,14 +128,15 @@ class Run:
         self.module = copy.deepcopy(module)
         self.nodes = list(self.module.graph.nodes)
         known = values(module.graph)
-        wanted = {id: value for id, value in known.items() if self.nodes[id // 2].op != "placeholder"}
+        wanted = {id: value for id, value in known.items() if self.nodes[node_of(id)].op != "placeholder"}
         wanted |= {id + 1: value for id, value in known.items() if value.dtype.is_floating_point}
         patches = dict(self._patches)
         if self._fidelity is not None:
             in_full: set[int] = set(wanted) if self._fidelity == "full" else set()
             if self._names is not None:
-                in_full = {id for id in wanted if self._names(self.nodes[id // 2].name)}
+                in_full = {id for id in wanted if self._names(self.nodes[node_of(id)].name)}
             self.exact = ExactPass({id: value for id, value in wanted.items() if id not in in_full}, "digest")
+            patches["joint_custom_pre_pass"] = PinPass(wanted, "digest")
             patches["post_grad_custom_post_pass"] = FullPass(wanted, "digest", in_full)
             patches["_post_fusion_custom_pass"] = self.exact
         self.wanted = wanted
@@ -203,7 +205,7 @@ def assert_right(run: Run, train: bool = False, tolerance: float = 1e-4) -> None
         if id % 2 and id not in expected:
             continue
         reference = expected[id]
-        name = f"{run.nodes[id // 2].name}{' (gradient)' if id % 2 else ''}"
+        name = f"{run.nodes[node_of(id)].name}{' (gradient)' if id % 2 else ''}"
         assert (value.shape, value.dtype) == (reference.shape, reference.dtype), name
         scale = reference.double().abs().max().item() + 1e-3
         error = (value.double() - reference.double()).abs().max().item() / scale

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from msprobe_graph import PrecisionDebugger, flush, msprobe_backend
 from msprobe_graph.dump.reader import StepDump
 from msprobe_graph.eager.capture import BEGUN
+from msprobe_graph.eager.stretches import NO_GRAPH, OWN_MODE
 
 from .conftest import Both, Capture, Dumped, Mlp, Net, differences, holes, modules
 
@@ -89,26 +90,185 @@ class Eager(nn.Module):
         return self.fc(torch.sin(x))
 
 
-OFF_INSIDE = pytest.mark.xfail(
-    strict=True,
-    reason="the function mode is off in a compiled module, so functions that run eagerly in it are not seen",
-)
+class Mixed(nn.Module):
+    """Forward runs eagerly and calls modules and functions that dynamo compiles, with breaks and without, and some that
+    it doesn't; a function that it can't have in a graph; and an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Break() for _ in range(2))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = compiled_alone(part(x) * 2) + 1
+            x = torch.relu(broken_alone(x) / 2) * size(x)
+            x = disabled(x) - torch.unique(x).sum()
+            try:
+                raises(x)
+            except ValueError:
+                x = torch.abs(x)
+        return x.exp()
 
 
-@pytest.mark.parametrize(
-    ("model", "level"),
-    [
-        *((Broken, level) for level in ("L0", "L1", "mix")),
-        *((model, "L0") for model in (InALoop, Skipped)),
-        *(pytest.param(model, level, marks=OFF_INSIDE) for model in (InALoop, Skipped) for level in ("L1", "mix")),
-    ],
-)
+def compiled_alone(x: Tensor) -> Tensor:
+    return torch.cos(x) + torch.sin(x)
+
+
+def broken_alone(x: Tensor) -> Tensor:
+    x = torch.cos(x)
+    torch._dynamo.graph_break()
+    return torch.sin(x) * 3
+
+
+def size(x: Tensor) -> int:
+    return x.shape[0]
+
+
+@torch.compiler.disable
+def disabled(x: Tensor) -> Tensor:
+    return compiled_alone(torch.tanh(x))
+
+
+def raises(x: Tensor) -> None:
+    torch.neg(x)
+    torch._dynamo.graph_break()
+    raise ValueError
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+@pytest.mark.parametrize("model", [Broken, InALoop, Skipped, Mixed])
 def test_graph_breaks_change_nothing_in_a_dump(both: Both, model: type[nn.Module], level: str) -> None:
     x = torch.randn(2, 8)
     eager, compiled = both(model().eval(), lambda run: run(x), level=level)
     assert differences(eager, compiled) == []
+    assert NO_GRAPH not in holes(compiled).values()
     assert graphs() > 1
     assert eager.data
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("model", [Broken, InALoop, Skipped, Mixed])
+def test_what_ran_before_capture_is_not_compiled_anew_for_it(
+    tmp_path: Path, capture: Capture, model: type[nn.Module], in_place: bool
+) -> None:
+    """Nor what is first compiled under capture, when capture is over."""
+    program, x = model().eval(), torch.randn(2, 8)
+    eager = capture(program, lambda: program(x))
+    PrecisionDebugger({"dump_path": str(tmp_path / "dump"), "level": "mix", "risk_level": "ALL"})
+    if in_place:
+        program.compile(backend=msprobe_backend, options=EAGER)
+    compiled = program if in_place else torch.compile(program, backend=msprobe_backend, options=EAGER)
+    expected = compiled(x)
+    before = graphs()
+    assert before > 1
+    step = capture(compiled, lambda: compiled(x))
+    assert differences(eager, step) == []
+    assert torch.equal(compiled(x), expected)
+    assert graphs() == before
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_functions_around_graphs_of_which_nothing_is_wanted(both: Both) -> None:
+    """The graphs have none of the functions that the list names."""
+    x = torch.randn(2, 8)
+    eager, compiled = both(Mixed().eval(), lambda run: run(x), level="L1", statistics={"list": ["relu", "exp", "abs"]})
+    assert differences(eager, compiled) == []
+    assert [name.split(".")[1] for name in eager.data] == ["relu", "abs", "relu", "abs", "exp"]
+
+
+class Numbered(nn.Module):
+    """Compiled anew for each number, until dynamo has enough of it; the functions around it are compiled once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Number()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1):
+            x = self.part(x) + 1
+        return torch.relu(x)
+
+
+class Number(nn.Module):
+    number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        torch._dynamo.graph_break()
+        return x * self.number
+
+
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = torch.tan(breaks_at_once(x))
+        return x
+
+
+def breaks_at_once(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    torch._dynamo.graph_break()
+    return x
+
+
+def test_functions_behind_compiled_code_without_a_graph_are_a_hole(capture: Capture) -> None:
+    """Such code leaves no trace when it runs."""
+    model, x = Silent().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+    for _ in range(2):
+        step = capture(compiled, lambda: compiled(x), level="L1")
+        assert [site.rpartition(" ")[2] for site, reason in holes(step).items() if reason == NO_GRAPH] == ["forward"]
+
+
+def test_functions_of_what_was_compiled_too_often_are_a_hole(capture: Capture) -> None:
+    model, x = Numbered().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+
+    def program() -> None:
+        for number in range(4):
+            model.part.number = number
+            compiled(x)
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(2):
+            step = capture(compiled, program)
+            assert NO_GRAPH in holes(step).values()
+    assert "Torch.sin.3.forward" in step.data
+    assert "Torch.relu.3.forward" in step.data
+    assert "Tensor.mul.3.forward" not in step.data
+
+
+class Passing(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class UnderAMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Break()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Passing():
+            x = torch.sin(x)
+            torch._dynamo.graph_break()
+            x = disabled(self.part(x))
+        return torch.tan(x)
+
+
+def test_a_mode_of_the_programs_own_keeps_its_place(capture: Capture) -> None:
+    model, x = UnderAMode().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend=msprobe_backend, options=EAGER)
+    with torch.no_grad(), Passing() as mode:
+        step = capture(compiled, lambda: compiled(x))
+        before = graphs()
+        torch.testing.assert_close(compiled(x), model(x))
+        assert torch.overrides._get_current_function_mode_stack() == [mode]
+    assert graphs() == before
+    assert OWN_MODE in holes(step).values()
+    assert {"Torch.sin.0.forward", "Torch.tan.0.forward"} <= set(step.data)
 
 
 def test_layers_compiled_one_by_one_share_a_graph_and_keep_their_names(capture: Capture) -> None:

@@ -68,7 +68,8 @@ def rows(step: StepDump) -> dict[str, slice]:
 class Server:
     """``vllm serve`` with workers of its own, in a session that can be killed whole."""
 
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
+    def __init__(self, model: Path, log: Path, *options: str, eager: bool = True, **variables: str) -> None:
+        """`options` of the command line, and `variables` of its environment."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -79,8 +80,9 @@ class Server:
             "--port": self.url.rpartition(":")[2],
             **{f"--{name.replace('_', '-')}": str(value) for name, value in OPTIONS.items()},
         }
-        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--enforce-eager"]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
+        command += ["--enforce-eager"] if eager else []
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables}
         with log.open("w") as sink:
             self.process = subprocess.Popen(
                 [*command, *(word for pair in given.items() for word in pair), *options],
@@ -101,11 +103,18 @@ class Server:
 
     def complete(self, prompt: str, tokens: int, request_id: str) -> list[int]:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        answer = self._post("v1/completions", {**body, "return_token_ids": True}, request_id)
+        return list(answer["choices"][0]["token_ids"])
+
+    def rpc(self, method: str) -> list[str]:
+        """What each worker returns; needs VLLM_SERVER_DEV_MODE=1."""
+        return list(self._post("collective_rpc", {"method": method})["results"])
+
+    def _post(self, path: str, body: dict[str, Any], request_id: str = "none") -> Any:
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-        body["return_token_ids"] = True
-        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers)
         with OPENER.open(request, timeout=120) as response:
-            return list(json.load(response)["choices"][0]["token_ids"])
+            return json.load(response)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

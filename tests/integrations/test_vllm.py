@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,40 +19,6 @@ from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, wo
 pytestmark = pytest.mark.vllm
 STEPS = max(TOKENS)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So small a model is fastest with one thread; and vLLM would bind those of this process to cores, for good."""
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        set_num_threads(1)
-        yield
-    torch.set_num_threads = set_num_threads  # vLLM has put something else there
-    set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def untouched(tiny_model: Path) -> dict[str, Any]:
-    """What vLLM does, in a process of its own, when nobody asks to capture."""
-    code = f"""
-        import json, sys
-        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-        from pathlib import Path
-        from integrations.engines import engine, generate, worker
-        with engine(Path({str(tiny_model)!r})) as llm:
-            tokens = generate(llm)
-            wrapped = [name for name in vars(worker(llm)) if callable(vars(worker(llm))[name]) and "execute" in name]
-        loaded = sorted(name for name in sys.modules if name.startswith("msprobe_graph"))
-        print("RESULT", json.dumps({{"tokens": tokens, "wrapped": wrapped, "loaded": loaded}}))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=180).stdout
-    (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return result
 
 
 class Captured(NamedTuple):
@@ -235,27 +196,6 @@ def test_a_vllm_that_is_not_as_expected_is_served_all_the_same(
         assert generate(llm) == untouched["tokens"]
     finished = [step for step in dumped(tmp_path / "dump") if step.finished]
     assert len(finished) == STEPS
-
-
-@pytest.mark.slow
-def test_compiled_code_is_left_alone(
-    tiny_model: Path, tmp_path: Path, untouched: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Here vLLM does run the model to warm up."""
-    log = logging.getLogger("vllm.msprobe_graph")
-    log.addHandler(caplog.handler)  # vLLM's loggers don't hand on to the root, where pytest listens
-    config = {"task": "statistics", "level": "mix", "dump_path": str(tmp_path / "dump")}
-    with engine(tiny_model, enforce_eager=False, additional_config={"dump_config": config}) as llm:
-        assert generate(llm) == untouched["tokens"]
-        inner = worker(llm).get_model().model
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules())
-    log.removeHandler(caplog.handler)
-    assert "captures only what runs outside compiled code and CUDA graphs; compiled: model" in caplog.text
-    steps = dumped(tmp_path / "dump")
-    assert len(steps) == STEPS
-    for step in steps:
-        assert "Module.logits_processor.LogitsProcessor.forward.0" in step.data
-        assert not any(name.startswith(("Module.model", "vllm.unified")) for name in step.data)
 
 
 def test_not_asked_for_nothing_is_there(untouched: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""Which rows of a step's batch belong to which request. Private parts of vLLM's model runners, V1 and V2, are read
-here only.
+"""What a step's batch consists of: which rows belong to which request, and which to none. Private parts of vLLM's model
+runners, V1 and V2, are read here only.
 
 A batch holds its requests one after the other, but not in the scheduler's order: V1 keeps them where they were in the
 step before, V2 sorts them. The worker knows a request by the client's name for it and a random suffix.
@@ -9,10 +9,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from msprobe_graph.dump.records import Request
 
 _SUFFIX = re.compile(r"-[0-9a-f]{8}")
+
+
+class Progress(NamedTuple):
+    """How far a request is when a step begins, in tokens."""
+
+    computed: int
+    """From the first on, how many need not be computed: an earlier step has, or another request that begins alike."""
+    prompt: int
+    known: int
+    """The prompt and what has been made since, a token that another step is just making included."""
 
 
 def row_order(worker: Any, scheduler_output: Any) -> list[str]:
@@ -34,11 +48,37 @@ def row_order(worker: Any, scheduler_output: Any) -> list[str]:
     return [request for request in order if request in tokens]
 
 
-def rows(order: Iterable[str], tokens: Mapping[str, int]) -> dict[str, int]:
-    """{request: number of rows} in the order given, under the names that the clients know."""
+def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[Request]:
+    """The scheduled requests, their rows in the order given, under the names that the clients know."""
     names = {request: client_name(request) for request in order}
     used = Counter(names.values())
-    return {name if used[name] == 1 else request: tokens[request] for request, name in names.items()}
+    progress = _progress(worker.model_runner, scheduler_output)
+    found, begin = [], 0
+    for request, name in names.items():
+        end = begin + scheduler_output.num_scheduled_tokens[request]
+        first, prompt, known = progress[request]
+        drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
+        decodes = known > prompt and first == known - 1 and end - begin == 1 + drafts
+        found.append(
+            Request(
+                name if used[name] == 1 else request,
+                begin,
+                end,
+                phase="decode" if decodes else "prefill",
+                positions=(first, first + end - begin),
+            )
+        )
+        begin = end
+    return found
+
+
+def padded_rows(worker: Any) -> int | None:
+    """How many rows the model runs, or ran, with in this step; None where that can't be told."""
+    if is_forward_context_available():
+        descriptor = get_forward_context().batch_descriptor
+        return None if descriptor is None else int(descriptor.num_tokens)
+    batch = getattr(getattr(worker.model_runner, "execute_model_state", None), "input_batch", None)  # V2's
+    return None if batch is None else int(batch.num_tokens_after_padding)
 
 
 def client_name(request: str) -> str:
@@ -49,3 +89,26 @@ def client_name(request: str) -> str:
         return request
     name, suffix = request[:-9], request[-9:]
     return name if name and _SUFFIX.fullmatch(suffix) else request
+
+
+def _progress(runner: Any, scheduler_output: Any) -> dict[str, Progress]:
+    """By scheduled request."""
+    found = {}
+    for new in scheduler_output.scheduled_new_reqs:  # V2 gets those that resume after a preemption here, too
+        prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
+        known = len(new.prefill_token_ids or ()) or prompt
+        found[new.req_id] = Progress(new.num_computed_tokens, prompt, known)
+    cached = scheduler_output.scheduled_cached_reqs
+    each = zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True)
+    for request, computed, made in each:
+        prompt = _prompt_length(runner, request)
+        found[request] = Progress(computed, prompt, prompt + made)
+    return found
+
+
+def _prompt_length(runner: Any, request: str) -> int:
+    """Of a request that the runner has met before."""
+    states = getattr(runner, "req_states", None)  # V2's
+    if states is None:
+        return int(runner.requests[request].num_prompt_tokens)
+    return int(states.prompt_len.np[states.req_id_to_index[request]])

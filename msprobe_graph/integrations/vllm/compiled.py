@@ -6,6 +6,8 @@ it is not, it calls forward. Either way it goes past the hooks of that module (t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,31 +18,43 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "do_not_compile", True) is False
 
 
-def eager_parts(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
-    """The largest parts of `model` that have no compiled module inside, by qualified name: ``{"": model}`` if none
-    has."""
-    if not any(map(is_compiled, model.modules())):
-        return {path: model}
-    parts: dict[str, nn.Module] = {}
-    if not is_compiled(model):
-        for name, child in model.named_children():
-            parts |= eager_parts(child, f"{path}.{name}" if path else name)
-    return parts
+def compiled_modules(model: nn.Module) -> dict[str, Any]:
+    """The compiled modules of `model`, the outermost ones, by qualified name."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if is_compiled(module) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = module
+    return found
 
 
 def heed_hooks(model: nn.Module) -> None:
-    """Let the decorated modules of an eager `model` run their hooks."""
+    """Let the decorated modules of `model` run their hooks, compiled or not."""
+    module: Any
     for module in model.modules():
-        if getattr(module, "do_not_compile", False) and "forward" not in vars(module):
-            _heed_hooks(module)
+        if hasattr(module, "do_not_compile"):
+            if getattr(module, "aot_compiled_fn", None) is not None:
+                heeding = _heeding(module, functools.partial(module.aot_compiled_fn, module))
+                module.aot_compiled_fn = functools.partial(_of_the_module_itself, heeding)
+            elif "forward" not in vars(module):
+                module.forward = _heeding(module, module.forward)
 
 
-def _heed_hooks(module: nn.Module) -> None:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        del module.forward  # out of the way of nn.Module's call, which runs the hooks around the class's forward
+def _of_the_module_itself(call: Callable[..., Any], _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+def _heeding(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, called as nn.Module calls it: with the hooks around."""
+
+    def heeding(*args: Any, **kwargs: Any) -> Any:
+        found = vars(module).get("forward")
+        module.forward = forward
         try:
             return nn.Module.__call__(module, *args, **kwargs)
         finally:
-            module.forward = forward
+            if found is None:
+                del module.forward
+            else:
+                module.forward = found
 
-    module.forward = forward
+    return heeding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from vllm.config import CompilationMode
@@ -14,8 +14,11 @@ from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
 from msprobe_graph.dump.boundary import Boundary
 
 from . import log
-from .batch import row_order, rows
-from .compiled import eager_parts, heed_hooks, is_compiled
+from .batch import padded_rows, requests, row_order
+from .compiled import heed_hooks
+
+if TYPE_CHECKING:
+    from .graph import GraphCapture
 
 
 class WorkerCapture:
@@ -23,39 +26,88 @@ class WorkerCapture:
 
     | method | |
     |---|---|
+    | load_model | when it returns, the model is there, and nothing of it compiled |
     | compile_or_warm_up_model | when it returns, warm-up, profiling and graph capture are over |
     | execute_model | begins a step; runs the model and, but for model runner V2, computes the logits |
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
     A call of execute_model with nothing scheduled is no step. A step is on disk before its result is returned, because
     vLLM kills its workers when it is stopped. A failure in here ends capture, not serving.
+
+    Gives the worker three methods for collective_rpc, between steps: msprobe_start, msprobe_stop and msprobe_flush.
     """
 
     def __init__(self, worker: Any, config: str | Mapping[str, Any]) -> None:
         """Raises ConfigError for a wrong config."""
         self._worker = worker
         self._debugger = PrecisionDebugger(config, run=_run(worker.vllm_config))
-        self._rank = _global_rank(worker)
+        self._rank = self._debugger.session.rank = _global_rank(worker)
         self._models: Mapping[str, nn.Module] = {}
-        self._on = False
+        self._warm = False
+        self._switched_on = True
+        """What msprobe_start and msprobe_stop have said last."""
         self._scheduled: Any = None
         """The scheduler's output for the step that runs; None between steps."""
         self._captured = False
-        """Whether that step is captured: dump_enable, step and rank in the config may say no."""
+        """Whether that step is captured: msprobe_stop, and dump_enable, step and rank in the config, may say no."""
+        self._padded: int | None = None
+        """How many rows that step's batch has with its padding, once the model has begun to run."""
         self._boundary = Boundary()
-        for name in ("compile_or_warm_up_model", "execute_model", "sample_tokens"):
+        self._graphs: GraphCapture | None = None
+        """Puts taps into what is compiled; None where nothing is."""
+        if worker.vllm_config.compilation_config.mode in (
+            CompilationMode.DYNAMO_TRACE_ONCE,
+            CompilationMode.VLLM_COMPILE,
+        ):
+            from .graph import GraphCapture
+
+            self._graphs = GraphCapture(worker.vllm_config, self._debugger.session)
+        for name in ("load_model", "compile_or_warm_up_model", "execute_model", "sample_tokens"):
             setattr(worker, name, functools.partial(getattr(self, f"_{name}"), getattr(worker, name)))
+        for rpc in (self.msprobe_start, self.msprobe_stop, self.msprobe_flush):
+            setattr(worker, rpc.__name__, rpc)
+
+    def msprobe_start(self) -> str:
+        """Capture from the next step on, if the config agrees. Returns a sentence that tells what happens next."""
+        self._switched_on = True
+        return self._state()
+
+    def msprobe_stop(self) -> str:
+        """Capture nothing from the next step on; steps are counted all the same. Returns a sentence as well."""
+        self._switched_on = False
+        return self._state()
+
+    def msprobe_flush(self) -> str:
+        """Write what is held in memory, and return a sentence when it is on disk."""
+        settings = self._debugger.session.settings
+        self._safely(self._debugger.flush if settings.keep_last is None else self._debugger.flush_kept)
+        if settings.keep_last is not None and "rpc" not in settings.flush_on:
+            return f'{self._state()}; flush_on in the config does not have "rpc", so nothing was written'
+        return f"{self._state()}; what was captured before is in {settings.dump_path}"
+
+    def _state(self) -> str:
+        session = self._debugger.session
+        following = session.step + (self._scheduled is not None)
+        if self._boundary.failures:
+            told = "a step failed, so nothing is captured any more; the log has the error"
+        elif not self._switched_on:
+            told = f"capture is off; step {following} comes next"
+        elif session.wanted():
+            told = f"capture is on; step {following} comes next"
+        else:
+            told = f"capture is on, but by the config (dump_enable, step, rank or a limit) not of step {following}"
+        return f"rank {self._rank}: {told}"
 
     def _compile_or_warm_up_model(self, compile_or_warm_up_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         times = compile_or_warm_up_model(*args, **kwargs)
-        self._on = True
+        self._warm = True
         self._safely(self._prepare)
         return times
 
     def _execute_model(
         self, execute_model: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if not self._on or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
+        if not self._warm or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
             return execute_model(scheduler_output, *args, **kwargs)
         self._safely(self._begin, scheduler_output)
         output = self._watched(execute_model, scheduler_output, *args, **kwargs)
@@ -78,34 +130,35 @@ class WorkerCapture:
         finally:
             self._safely(self._debugger.stop)
 
+    def _load_model(self, load_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loaded = load_model(*args, **kwargs)
+        if self._graphs is not None:
+            self._safely(self._graphs.loaded, self._worker.get_model())
+        return loaded
+
     def _prepare(self) -> None:
         """The model is loaded and warm: decide what of it is watched."""
         model = self._worker.get_model()
         mode = self._worker.vllm_config.compilation_config.mode
-        compiled = [name or type(model).__name__ for name, module in model.named_modules() if is_compiled(module)]
-        self._models = eager_parts(model)
-        if mode == CompilationMode.NONE:
+        self._models = {"": model}
+        if self._graphs is not None:
+            self._graphs.warm(model)
+        if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hook, too
             heed_hooks(model)
-        if compiled:
-            model.register_forward_pre_hook(lambda *_: self._within_step(self._debugger.stop), prepend=True)
-            model.register_forward_hook(lambda *_: self._within_step(self._resume), always_call=True)
-        elif mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hook, too
             model.register_forward_pre_hook(lambda *_: self._within_step(self._resume), prepend=True)
-        if not self._worker.model_config.enforce_eager:
-            log.warning(
-                "without --enforce-eager, msprobe_graph captures only what runs outside compiled code and CUDA graphs; "
-                "compiled: %s",
-                ", ".join(compiled) or "no module that it can tell",
-            )
         log.info("msprobe_graph captures the steps of rank %d", self._rank)
 
     def _begin(self, scheduler_output: Any) -> None:
         if self._scheduled is not None:  # what was to end it never came
             self._end()
-        self._scheduled = scheduler_output
-        tokens = scheduler_output.num_scheduled_tokens
-        self._debugger.start(self._models, rank_id=self._rank, scheduled_tokens=rows(tokens, tokens))
-        self._captured = self._debugger.capturing
+        self._scheduled, self._padded, self._captured = scheduler_output, None, False
+        session = self._debugger.session
+        if self._switched_on and session.wanted():
+            batch = requests(self._worker, scheduler_output, scheduler_output.num_scheduled_tokens)
+            self._debugger.start(self._models, scheduled_tokens=batch)
+            self._captured = self._debugger.capturing
+        else:
+            session.leave()
 
     def _within_step(self, act: Callable[[], Any]) -> None:
         """For hooks on the model, which dummy runs call as well."""
@@ -114,8 +167,9 @@ class WorkerCapture:
 
     def _resume(self) -> None:
         """Go on, with the requests where they are in the batch, which is known once it has been laid out."""
-        order = row_order(self._worker, self._scheduled)
-        self._debugger.start(scheduled_tokens=rows(order, self._scheduled.num_scheduled_tokens))
+        batch = requests(self._worker, self._scheduled, row_order(self._worker, self._scheduled))
+        self._padded = padded_rows(self._worker) or self._padded
+        self._debugger.start(scheduled_tokens=batch, padded_rows=self._padded)
 
     def _end(self) -> None:
         if self._captured:
@@ -123,14 +177,15 @@ class WorkerCapture:
             self._debugger.stop()
         self._scheduled = None
         self._debugger.step()
-        self._debugger.flush()
+        if self._captured:
+            self._debugger.flush()
 
     def _safely(self, act: Callable[..., Any], *args: Any) -> None:
         """`act`, unless something failed before: then this worker is left alone."""
         if not self._boundary.failures:
             self._boundary.attempt("a step of vLLM", act, *args)
             if self._boundary.failures:
-                self._on, self._scheduled = False, None
+                self._warm, self._scheduled = False, None
                 self._boundary.attempt("a step of vLLM", self._debugger.stop)
                 log.error("msprobe_graph captures no more steps of rank %d, because of the error above", self._rank)
 

@@ -1,0 +1,195 @@
+"""Taps in what vLLM compiles: its own backends, splitting, passes and caches stay what they are.
+
+vLLM asks its configuration for a backend for each module that it compiles; ours goes around that one. In mode 2 that is
+a dynamo backend, "inductor" as a rule. In mode 3 it is vLLM's own, which splits the graph at attention, has Inductor
+compile the pieces between and runs the rest as it is. Taps of values that these split-off operators write stand behind
+them in the graph; the others go into the pieces.
+
+A compiled module that vLLM takes from its cache was never traced: the names of its calls come from a file beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import fx, nn
+from torch._dynamo.aot_compile_types import SerializableCallable
+from vllm import envs
+from vllm.compilation.backends import VllmBackend
+from vllm.compilation.partition_rules import should_split
+from vllm.compilation.passes.inductor_pass import CallableInductorPass
+
+from msprobe_graph.debugger.session import Session
+from msprobe_graph.graph._compat import Retrace
+from msprobe_graph.graph.exact import ExactPass
+from msprobe_graph.graph.full import FullPass, PinPass
+from msprobe_graph.graph.handoff import Compiled, Taps, tap_dynamo_graph
+from msprobe_graph.graph.lower import lower
+from msprobe_graph.graph.options import GraphOptions
+from msprobe_graph.graph.plan import fixed_in, node_of
+from msprobe_graph.graph.region import Region
+from msprobe_graph.version import __version__
+
+from . import log
+from .compiled import compiled_modules
+
+CHOOSING = ("level", "scope", "list", "data_mode", "risk_level", "custom_op_namespaces", "operators")
+"""The settings that tell which values are tapped."""
+SPLIT = "msprobe_graph::tap"
+"""Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
+PIN, EXACT = "joint_custom_pre_pass", "_post_fusion_custom_pass"
+"""Inductor's slots for our passes; the third one is vLLM's."""
+UNNAMED = (
+    "vLLM took compiled code from its cache beside which there are no names, so nothing in it is captured; "
+    "remove %s to have it compiled anew"
+)
+
+
+class GraphCapture:
+    """Puts the taps of `session` into what one worker compiles; to be made before its model is."""
+
+    def __init__(self, vllm_config: Any, session: Session) -> None:
+        self._config = vllm_config
+        self._session = session
+        self._compiling: Path | None = None
+        """Where the plan of the module that is being compiled is to be kept; None if vLLM does not save it."""
+        compilation = vllm_config.compilation_config
+        compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
+        if compilation.splitting_ops and not compilation.use_inductor_graph_partition:
+            compilation.splitting_ops = [*compilation.splitting_ops, SPLIT]
+        # vLLM's caches are to know what was tapped.
+        vllm_config.additional_config = {**vllm_config.additional_config, "msprobe_graph": _choice(session)}
+
+    def loaded(self, model: nn.Module) -> None:
+        """The model is there, and nothing of it is compiled yet."""
+        self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
+        for name, module in compiled_modules(model).items():
+            module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
+
+    def warm(self, model: nn.Module) -> None:
+        """All is compiled, or taken from vLLM's cache: that is given its names."""
+        for name, module in compiled_modules(model).items():
+            if getattr(module, "was_aot_compile_fn_loaded_from_disk", False):
+                self._name(module.aot_compiled_fn._artifacts.compiled_fn, self._plan_file(name))
+
+    def _init_backend(self, init_backend: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return functools.partial(self._compile, init_backend(*args, **kwargs))
+
+    def _compile(self, backend: Any, module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+        """The dynamo backend. vLLM's own options come with the string "inductor" only, so they are taken here."""
+        inner_options = self._config.compilation_config.inductor_compile_config if backend == "inductor" else {}
+        pieces = Pieces(backend) if isinstance(backend, VllmBackend) else None
+        options = GraphOptions(inner=pieces or backend, inner_options=inner_options)
+        session = self._session
+        running, boundary = session.context, session.boundary
+        call = lower(module, inputs, options, session.settings, session.operators, running, boundary, None)
+        if pieces is None:
+            return Unsaved(call)
+        if isinstance(call, Region) and self._compiling is not None:
+            boundary.attempt("the names of vLLM's cached code", _keep, call, self._compiling)
+        pieces.compiled.optimized_call = call
+        return pieces.compiled
+
+    def _traced_anew(self, aot_compile: Callable[..., Any], plan_file: Path, *args: Any, **kwargs: Any) -> Any:
+        """Dynamo itself traces anew when a backend asks for it, but vLLM's ahead-of-time compilation calls the backend
+        when dynamo is done."""
+        self._compiling = plan_file
+        try:
+            while True:
+                try:
+                    return aot_compile(*args, **kwargs)
+                except Retrace:
+                    continue
+        finally:
+            self._compiling = None
+
+    def _name(self, compiled: Any, plan_file: Path) -> None:
+        if not plan_file.is_file():
+            log.error(UNNAMED, envs.VLLM_CACHE_ROOT)
+            return
+        plan = pickle.loads(plan_file.read_bytes())
+        plan.fixed = fixed_in(plan.calls)
+        region = Region(plan, Compiled(compiled.optimized_call), self._session.context, GraphOptions(inner="vLLM"))
+        compiled.optimized_call = region
+
+    def _plan_file(self, name: str) -> Path:
+        parallel = self._config.parallel_config
+        rank = f"rank_{parallel.rank}_{parallel.data_parallel_index}"
+        return Path(envs.VLLM_CACHE_ROOT, "torch_compile_cache", "msprobe_graph", self._key, rank, f"{name}.plan")
+
+
+class Pieces:
+    """vLLM's own backend as an inner one, which puts taps into its pieces and between them."""
+
+    __name__ = "vLLM"
+
+    def __init__(self, backend: VllmBackend) -> None:
+        self._backend = backend
+        self.compiled: Any = None
+        """What it made: vLLM's VllmSerializableFunction, which it can save."""
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return self.compile_with_taps(module, inputs, Taps()).call
+
+    def compile_with_taps(self, module: fx.GraphModule, inputs: Sequence[Any], taps: Taps) -> Compiled:
+        backend = self._backend
+        config = backend.compilation_config
+        nodes = list(module.graph.nodes)
+        splitting = [] if config.use_inductor_graph_partition else config.splitting_ops or []
+        between = {
+            ref: value
+            for ref, value in taps.wanted.items()
+            if config.backend == "eager" or should_split(nodes[node_of(ref)], splitting)
+        }
+        inside = {ref: value for ref, value in taps.wanted.items() if ref not in between}
+        tap_dynamo_graph(module, between)
+        slots = backend.inductor_config
+        tap = ExactPass(inside, taps.digest, slots.get(EXACT), taps.boundary)
+        if inside:
+            slots[PIN] = PinPass(inside, taps.digest, tuple(filter(None, [slots.get(PIN)])), taps.boundary)
+            keep = FullPass(inside, taps.digest, (), boundary=taps.boundary)
+            backend.pass_manager.add(CallableInductorPass(keep, keep.uuid()))
+            slots[EXACT] = tap
+        self.compiled = backend(module, inputs)
+        return Compiled(self.compiled.optimized_call, reports=tap.reports)
+
+
+class Unsaved(SerializableCallable):
+    """A compiled module that vLLM asks to save, and is told that this can't be: it is compiled anew by the next start,
+    out of Inductor's caches."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: Any) -> bytes:
+        raise NotImplementedError("what msprobe_graph captures is compiled at each start")
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+        raise NotImplementedError("what msprobe_graph captures is compiled at each start")
+
+
+def _keep(region: Region, plan_file: Path) -> None:
+    plan_file.parent.mkdir(parents=True, exist_ok=True)
+    partial = plan_file.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(pickle.dumps(region.plan))
+    partial.replace(plan_file)
+
+
+def _choice(session: Session) -> str:
+    """Tells what is tapped from any other choice."""
+    chosen = {name: getattr(session.settings, name) for name in CHOOSING}
+    encoded = msgspec.json.encode([__version__, chosen], order="deterministic")
+    return hashlib.sha256(encoded).hexdigest()[:16]
