@@ -22,7 +22,7 @@ demo: $(VLLM)/.package
 	$(VLLM)/bin/python examples/vllm_cpu/demo.py
 
 test: $(VLLM)/.test $(MSPROBE)/.msprobe
-	MSPROBE_VENV=$(CURDIR)/$(MSPROBE) $(VLLM)/bin/pytest $(ARGS)
+	MSPROBE_VENV=$(CURDIR)/$(MSPROBE) $(VLLM)/bin/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 # mypy can't follow the mapped folder of an editable install, so it checks an installed copy.
 lint: $(VLLM)/.test

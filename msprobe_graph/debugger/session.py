@@ -52,6 +52,8 @@ class Session:
         self._watch = ConfigWatch(settings)
         self.boundary = Boundary()
         """Where failures of this capture end."""
+        self.out_of_reach: list[Hole] = []
+        """What no step can hold; in every manifest."""
         self._recorder: Recorder | None = None
         self._writer: Writer | None = None
         self._dirty = False
@@ -243,7 +245,9 @@ class Session:
         expected, captured, holes = self.capture.sites()
         if self._at_max_steps():
             holes.append(Hole("later steps", f"max_steps ({self.settings.max_steps}) is reached"))
-        step = self._recorder.as_step(finished, expected, captured, self.capture.rest(), [*holes, *self.boundary.holes])
+        step = self._recorder.as_step(
+            finished, expected, captured, self.capture.rest(), [*holes, *self.out_of_reach, *self.boundary.holes]
+        )
         if not step.entries and not step.saved and finished:
             log.warning(
                 "step %d of %s captured nothing; its manifest says what was expected",

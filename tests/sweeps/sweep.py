@@ -69,7 +69,9 @@ def examine(name: str, options: argparse.Namespace, cache: Path) -> Report:
                 capture_output=True,
                 text=True,
                 timeout=options.timeout,
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+                # Some models loop over sets of strings: eager code in the order of the hashes, dynamo in that of their
+                # insertion. With this seed the calls of those here are in one order.
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONHASHSEED": "0"},
             )
         except subprocess.TimeoutExpired:
             return Report(name, error=f"it took more than {options.timeout:g} s")

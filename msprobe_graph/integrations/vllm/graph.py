@@ -26,8 +26,10 @@ from vllm import envs
 from vllm.compilation.backends import VllmBackend
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.passes.inductor_pass import CallableInductorPass
+from vllm.config import CUDAGraphMode
 
 from msprobe_graph.debugger.session import Session
+from msprobe_graph.dump.records import Hole
 from msprobe_graph.graph._compat import Retrace
 from msprobe_graph.graph.exact import ExactPass
 from msprobe_graph.graph.full import FullPass, PinPass
@@ -47,6 +49,10 @@ SPLIT = "msprobe_graph::tap"
 """Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
 PIN, EXACT = "joint_custom_pre_pass", "_post_fusion_custom_pass"
 """Inductor's slots for our passes; the third one is vLLM's."""
+REPLAYED = (
+    "vLLM replays CUDA graphs, and taps do not fire in them yet: start it with --compilation-config "
+    '\'{"cudagraph_mode": "NONE"}\' to capture what it compiles'
+)
 UNNAMED = (
     "vLLM took compiled code from its cache beside which there are no names, so nothing in it is captured; "
     "remove %s to have it compiled anew"
@@ -76,6 +82,9 @@ class GraphCapture:
 
     def warm(self, model: nn.Module) -> None:
         """All is compiled, or taken from vLLM's cache: that is given its names."""
+        if self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            log.warning("%s", REPLAYED)
+            self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED))
         for name, module in compiled_modules(model).items():
             if getattr(module, "was_aot_compile_fn_loaded_from_disk", False):
                 self._name(module.aot_compiled_fn._artifacts.compiled_fn, self._plan_file(name))
