@@ -16,10 +16,13 @@ from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
-from .tap_op import KEEP, TAP
+from .tap_op import KEEP, TAP, tap
 
 # torch 2.11 takes any callable; its caches tell our passes by post_grad_custom_post_pass alone.
 SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+
+CALLED = "msprobe_graph_tap"
+"""The name under which generated Python has what a tap does."""
 
 GraphKind = Literal["inference", "forward", "backward"]
 
@@ -258,6 +261,9 @@ class Schedule:
             [list(ids), note],
             lambda tensors, constants: ([list(tensors), *constants], {}),
         )
+        if not V.graph.cpp_wrapper:
+            V.graph.wrapper_code.add_import_once(f"from {tap.__module__} import {tap.__name__} as {CALLED}")
+            kernel.python_kernel_name = CALLED
         node = running.create_scheduler_node(kernel)
         node.unmet_dependencies = OrderedSet(node.read_writes.reads)
         node.ancestors = OrderedSet()

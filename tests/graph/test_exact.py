@@ -100,7 +100,7 @@ def test_the_report_tells_what_was_done() -> None:
     assert {int(id): reason for id, reason in note["missing"].items()} == report.missing
     added = [name for name in report.after if name not in report.before]
     assert [name for name in report.after if name in report.before] == report.before
-    assert len(added) == sum(code.count("msprobe_graph.tap.default(") for code in run.code)
+    assert len(added) == sum(code.count("= msprobe_graph_tap(") + code.count("        msprobe_graph_tap(") for code in run.code)
     assert (note["nodes_before"], note["nodes_after"]) == (len(report.before), len(report.after))
 
 
