@@ -14,8 +14,6 @@ from msprobe_graph import msprobe_backend
 from msprobe_graph.dump.reader import StepDump, steps
 
 from ..capturing import Capture, read_strictly
-from ..capturing import holes as holes
-from ..capturing import modules as modules
 
 Both: TypeAlias = Callable[..., tuple[StepDump, StepDump]]
 """both(model, program, options={"inner": "eager"}, level="mix", **settings): the step that `program(model)` dumps, and

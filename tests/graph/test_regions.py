@@ -16,7 +16,8 @@ from msprobe_graph.dump.reader import StepDump
 from msprobe_graph.eager.capture import BEGUN
 from msprobe_graph.eager.stretches import NO_GRAPH, OWN_MODE
 
-from .conftest import Both, Capture, Dumped, Mlp, Net, differences, holes, modules
+from ..capturing import Capture, holes, modules
+from .conftest import Both, Dumped, Mlp, Net, differences
 
 EAGER = {"inner": "eager"}
 

@@ -29,11 +29,12 @@ from vllm.compilation.passes.inductor_pass import CallableInductorPass
 from vllm.config import CUDAGraphMode
 
 from msprobe_graph.debugger.session import Session
+from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Hole
 from msprobe_graph.graph._compat import Retrace
-from msprobe_graph.graph.exact import ExactPass
+from msprobe_graph.graph.exact import ExactPass, Report
 from msprobe_graph.graph.full import FullPass, PinPass
-from msprobe_graph.graph.handoff import Compiled, Taps, tap_dynamo_graph
+from msprobe_graph.graph.handoff import Compiled, Taps, hand_on, tap_dynamo_graph
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions
 from msprobe_graph.graph.plan import fixed_in, node_of
@@ -67,18 +68,21 @@ class GraphCapture:
         self._session = session
         self._compiling: Path | None = None
         """Where the plan of the module that is being compiled is to be kept; None if vLLM does not save it."""
+        self._ready = False
+        """Whether compilations can be traced anew."""
         compilation = vllm_config.compilation_config
         compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
         if compilation.splitting_ops and not compilation.use_inductor_graph_partition:
             compilation.splitting_ops = [*compilation.splitting_ops, SPLIT]
-        # vLLM's caches are to know what was tapped.
-        vllm_config.additional_config = {**vllm_config.additional_config, "msprobe_graph": _choice(session)}
+        if isinstance(vllm_config.additional_config, dict):  # vLLM's caches are to know what was tapped
+            vllm_config.additional_config = {**vllm_config.additional_config, "msprobe_graph": _choice(session)}
 
     def loaded(self, model: nn.Module) -> None:
         """The model is there, and nothing of it is compiled yet."""
         self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
         for name, module in compiled_modules(model).items():
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
+        self._ready = True
 
     def warm(self, model: nn.Module) -> None:
         """All is compiled, or taken from vLLM's cache: that is given its names."""
@@ -99,6 +103,8 @@ class GraphCapture:
         options = GraphOptions(inner=pieces or backend, inner_options=inner_options)
         session = self._session
         running, boundary = session.context, session.boundary
+        if not self._ready:
+            return backend(module, inputs) if pieces else Unsaved(hand_on(module, inputs, Taps(), options).call)
         call = lower(module, inputs, options, session.settings, session.operators, running, boundary, None)
         if pieces is None:
             return Unsaved(call)
@@ -149,6 +155,12 @@ class Pieces:
         return self.compile_with_taps(module, inputs, Taps()).call
 
     def compile_with_taps(self, module: fx.GraphModule, inputs: Sequence[Any], taps: Taps) -> Compiled:
+        reports = (taps.boundary or Boundary()).attempt("taps", self._place, module, taps)
+        self.compiled = self._backend(module, inputs)
+        return Compiled(self.compiled.optimized_call, reports=reports or ())
+
+    def _place(self, module: fx.GraphModule, taps: Taps) -> list[Report]:
+        """Tap the graph where vLLM splits it, and have the other taps put into the pieces."""
         backend = self._backend
         config = backend.compilation_config
         nodes = list(module.graph.nodes)
@@ -167,8 +179,7 @@ class Pieces:
             keep = FullPass(inside, taps.digest, (), boundary=taps.boundary)
             backend.pass_manager.add(CallableInductorPass(keep, keep.uuid()))
             slots[EXACT] = tap
-        self.compiled = backend(module, inputs)
-        return Compiled(self.compiled.optimized_call, reports=tap.reports)
+        return tap.reports
 
 
 class Unsaved(SerializableCallable):
