@@ -22,7 +22,25 @@ MOST_VALUES = 16
 """In one tap."""
 
 
-class PinPass(CustomGraphPass):
+class _AtenPass(CustomGraphPass):
+    """What our passes over an aten graph have in common. `chained` are the user's own at that place."""
+
+    def __init__(
+        self, digest: str, chained: Sequence[Callable[[fx.Graph], None]] = (), boundary: Boundary | None = None
+    ) -> None:
+        self._digest = digest
+        self._chained = chained
+        self._boundary = boundary or Boundary()
+
+    def uuid(self) -> Any | None:
+        return chained_uuid(self._digest, *self._chained)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AtenPass:
+        """Inductor copies its configuration, to print it; dynamic sizes can't be copied."""
+        return self
+
+
+class PinPass(_AtenPass):
     """Inductor's `joint_custom_pre_pass` that pins the `wanted` values for the passes that tap them, before any other
     pass rewrites the graph."""
 
@@ -33,10 +51,8 @@ class PinPass(CustomGraphPass):
         chained: Sequence[Callable[[fx.Graph], None]] = (),
         boundary: Boundary | None = None,
     ) -> None:
+        super().__init__(digest, chained, boundary)
         self._wanted = wanted
-        self._digest = digest
-        self._chained = chained
-        self._boundary = boundary or Boundary()
 
     def __call__(self, graph: fx.Graph) -> None:
         if self._wanted:
@@ -44,15 +60,8 @@ class PinPass(CustomGraphPass):
         for each in self._chained:
             each(graph)
 
-    def uuid(self) -> Any | None:
-        return chained_uuid(self._digest, *self._chained)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PinPass:
-        """Inductor copies its configuration, to print it; dynamic sizes can't be copied."""
-        return self
-
-
-class FullPass(CustomGraphPass):
+class FullPass(_AtenPass):
     """Inductor's `post_grad_custom_post_pass` that taps those of the `wanted` values (by value id) that are in `ids`.
 
     A tap's place is right behind what it reads, and of neighbours several share a tap. It also marks the graph for
@@ -69,11 +78,9 @@ class FullPass(CustomGraphPass):
         boundary: Boundary | None = None,
     ) -> None:
         """`ids` None: all."""
+        super().__init__(digest, chained, boundary)
         self._pinned = wanted
         self._wanted = {id: value for id, value in wanted.items() if ids is None or id in ids}
-        self._digest = digest
-        self._chained = chained
-        self._boundary = boundary or Boundary()
 
     def __call__(self, graph: fx.Graph) -> None:
         for each in self._chained:
@@ -85,13 +92,6 @@ class FullPass(CustomGraphPass):
                 graph.call_function(KEEP).meta["val"] = None
         if self._wanted:
             self._boundary.attempt("taps", self._insert, graph)
-
-    def uuid(self) -> Any | None:
-        return chained_uuid(self._digest, *self._chained)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FullPass:
-        """Inductor copies its configuration, to print it; dynamic sizes can't be copied."""
-        return self
 
     def _insert(self, graph: fx.Graph) -> None:
         backward = bool(gradient_flow(graph))

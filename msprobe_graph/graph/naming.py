@@ -124,7 +124,7 @@ class _Naming:
         for view, base in same.items():
             if view not in self._values or self._values[view].shape.count(None) > 1:
                 continue
-            if view in self._reshaped.values() or all(in_row_major(self._tensor(id_)) for id_ in (view, base)):
+            if writes_of(view) >= RESHAPED or all(in_row_major(self._tensor(id_)) for id_ in (view, base)):
                 found.setdefault(base, []).append(view)
         return found
 

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._compat import example_value, memory
+from ._compat import example_value
 from .arguments import written_arguments
+from .elements import alike
 from .plan import value_id
 from .writes import Writes
 
@@ -89,14 +90,14 @@ def values(graph: fx.Graph) -> dict[int, Wanted]:
 
 
 def _wanted(node: fx.Node, number: int, example: torch.Tensor, index: Mapping[fx.Node, int]) -> Wanted:
-    stamped, item, alike = number, None, False
+    stamped, item, has_twin = number, None, False
     if _name(node.target) == "getitem" and isinstance(node.args[0], fx.Node):
         container = node.args[0].meta.get("example_value")
         if isinstance(container, (tuple, list)) and isinstance(node.args[1], int):
             stamped, item = index[node.args[0]], node.args[1] % len(container)
             others = [each for at, each in enumerate(container) if at != item and isinstance(each, torch.Tensor)]
-            alike = any(each.dtype == example.dtype and _same(each.shape, example.shape) for each in others)
-    return Wanted(stamped, tuple(example.shape), example.dtype, item, None, _returned(node), alike)
+            has_twin = any(each.dtype == example.dtype and _same(each.shape, example.shape) for each in others)
+    return Wanted(stamped, tuple(example.shape), example.dtype, item, None, _returned(node), has_twin)
 
 
 def _returned(node: fx.Node) -> int | None:
@@ -120,17 +121,7 @@ def _unchanged(node: fx.Node, example: torch.Tensor) -> fx.Node | None:
     """The argument that the call returned just as it was (``x.contiguous()``, dropout in evaluation)."""
     if _name(node.target) not in _MAY_CHANGE_NOTHING or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    argument = example_value(node.args[0])
-    if not isinstance(argument, torch.Tensor) or argument.dtype != example.dtype:
-        return None
-    same = (
-        memory(argument) is not None
-        and memory(argument) == memory(example)
-        and _same(argument.shape, example.shape)
-        and _same(argument.stride(), example.stride())
-        and _same((argument.storage_offset(),), (example.storage_offset(),))
-    )
-    return node.args[0] if same else None
+    return node.args[0] if alike(example_value(node.args[0]), example) else None
 
 
 def _name(target: Any) -> str:

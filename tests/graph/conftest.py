@@ -15,6 +15,9 @@ from msprobe_graph.dump.reader import StepDump, steps
 
 from ..capturing import Capture, read_strictly
 
+EAGER = {"inner": "eager"}
+"""Options under which a compiled model computes as an eager one does."""
+
 Both: TypeAlias = Callable[..., tuple[StepDump, StepDump]]
 """both(model, program, options={"inner": "eager"}, level="mix", **settings): the step that `program(model)` dumps, and
 the step that `program(torch.compile(model))` dumps."""

@@ -68,8 +68,8 @@ class GraphCapture:
         self._session = session
         self._compiling: Path | None = None
         """Where the plan of the module that is being compiled is to be kept; None if vLLM does not save it."""
-        self._ready = False
-        """Whether compilations can be traced anew."""
+        self._key: str | None = None
+        """Tells this vLLM's compiled code from another's; None until the model is loaded and can be traced anew."""
         compilation = vllm_config.compilation_config
         compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
         if compilation.splitting_ops and not compilation.use_inductor_graph_partition:
@@ -82,7 +82,6 @@ class GraphCapture:
         self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
         for name, module in compiled_modules(model).items():
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
-        self._ready = True
 
     def warm(self, model: nn.Module) -> None:
         """All is compiled, or taken from vLLM's cache: that is given its names."""
@@ -103,7 +102,7 @@ class GraphCapture:
         options = GraphOptions(inner=pieces or backend, inner_options=inner_options)
         session = self._session
         running, boundary = session.context, session.boundary
-        if not self._ready:
+        if self._key is None:
             return backend(module, inputs) if pieces else Unsaved(hand_on(module, inputs, Taps(), options).call)
         call = lower(module, inputs, options, session.settings, session.operators, running, boundary, None)
         if pieces is None:
@@ -138,7 +137,7 @@ class GraphCapture:
     def _plan_file(self, name: str) -> Path:
         parallel = self._config.parallel_config
         rank = f"rank_{parallel.rank}_{parallel.data_parallel_index}"
-        return Path(envs.VLLM_CACHE_ROOT, "torch_compile_cache", "msprobe_graph", self._key, rank, f"{name}.plan")
+        return Path(envs.VLLM_CACHE_ROOT, "torch_compile_cache", "msprobe_graph", str(self._key), rank, f"{name}.plan")
 
 
 class Pieces:
@@ -194,11 +193,11 @@ class Unsaved(SerializableCallable):
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Any) -> bytes:
-        raise NotImplementedError("what msprobe_graph captures is compiled at each start")
+        raise pickle.PicklingError("what msprobe_graph captures is compiled at each start")
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> Any:
-        raise NotImplementedError("what msprobe_graph captures is compiled at each start")
+        raise pickle.UnpicklingError("what msprobe_graph captures is compiled at each start")
 
 
 def _keep(region: Region, plan_file: Path) -> None:
