@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,35 @@ def generate(llm: Any, prompts: list[str] = PROMPTS, tokens: list[int] = TOKENS)
 
     wanted = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in tokens]
     return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, wanted, use_tqdm=False)]
+
+
+def hooks(llm: Any) -> int:
+    """All but the one on the root with which the plugin follows the steps."""
+    model = worker(llm).get_model()
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()) - 1
+
+
+def step_through(llm: Any, between: dict[int, Callable[[], object]], steps: int = 6) -> dict[int, bool]:
+    """Serve one request, with acts before some of its steps. By step: whether hooks were in place after it."""
+    from vllm import SamplingParams
+
+    serving = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+    serving.add_request(f"request{time.monotonic_ns()}", PROMPTS[0], params)
+    hooked = {}
+    for number in range(steps):
+        between.get(number, lambda: None)()
+        serving.step()
+        hooked[number] = hooks(llm) > 0
+    assert not serving.has_unfinished_requests()
+    return hooked
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def dumped(dump: Path) -> list[StepDump]:

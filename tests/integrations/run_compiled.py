@@ -1,9 +1,10 @@
 """One vLLM engine in a process of its own, compiled or eager; prints what it generated.
 
-run_compiled.py '{"model": ..., "mode": "2", "cache": ..., "config": {...} or null}'
+run_compiled.py '{"model": ..., "mode": "2", "cache": ..., "config": {...} or null, "ranks": 1}'
 
 Modes: "eager"; "2" and "3" with Inductor, "2-eager" and "3-eager" with vLLM's eager backend. vLLM takes mode 3 back on
-a CPU, so that is undone here, and a pass is left out that needs operators of GPUs.
+a CPU, so that is undone here, and a pass is left out that needs operators of GPUs. More ranks than one, of tensor
+parallelism, are workers of their own; what these generate is not looked at.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def main(asked: dict[str, Any]) -> None:
 
     words = ["gravity", "the quick brown fox", "tensors", "a", "one two three four five six seven", "b c", "d", "e f g"]
     given = options(asked["mode"], asked["config"], Path(asked["cache"], "config.json"))
+    given["tensor_parallel_size"] = asked["ranks"]
     with generated_code() as code, engine(Path(asked["model"]), **given) as llm:
         tokens = generate(llm, words[:PROMPTS], [2, 5, 3, 5, 4, 5, 2, 5])
-        modules = worker(llm).get_model().modules()
+        modules = worker(llm).get_model().modules() if asked["ranks"] == 1 else ()
         loaded = any(getattr(module, "was_aot_compile_fn_loaded_from_disk", False) for module in modules)
     functions = Counter(hashlib.sha256(function.source.encode()).hexdigest() for function in functions_of(code))
     print("RESULT", json.dumps({"tokens": tokens, "functions": functions, "loaded": loaded}))
@@ -75,3 +77,7 @@ def main(asked: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+elif __name__ == "__mp_main__":  # a worker of its own
+    number, _, backend = json.loads(sys.argv[1])["mode"].partition("-")
+    if number == "3":
+        restore_mode_3(backend or "inductor")

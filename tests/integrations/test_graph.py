@@ -16,7 +16,7 @@ from msprobe_graph.analysis.compare import compare
 from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import StepDump
 
-from .engines import Server, dumped
+from .engines import dumped
 
 pytestmark = pytest.mark.vllm
 
@@ -38,14 +38,16 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """run(mode, {config} or None, cache=folder): an engine in a process of its own; each is run once."""
     known: dict[str, Run] = {}
 
-    def run(mode: str, config: dict[str, Any] | None, cache: Path | None = None, model: Path = tiny_model) -> Run:
-        key = json.dumps([mode, config, str(model)])
+    def run(
+        mode: str, config: dict[str, Any] | None, cache: Path | None = None, model: Path = tiny_model, ranks: int = 1
+    ) -> Run:
+        key = json.dumps([mode, config, str(model), ranks])
         if key in known and cache is None:
             return known[key]
         dump = tmp_path_factory.mktemp("dump") / "dump"
         cache = cache or tmp_path_factory.mktemp("cache")
         given = None if config is None else {"risk_level": "ALL", **config, "dump_path": str(dump)}
-        asked = json.dumps({"model": str(model), "mode": mode, "cache": str(cache), "config": given})
+        asked = json.dumps({"model": str(model), "mode": mode, "cache": str(cache), "config": given, "ranks": ranks})
         command = [sys.executable, str(Path(__file__).with_name("run_compiled.py")), asked]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
         (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
@@ -149,17 +151,16 @@ def test_tensors_are_saved_as_an_eager_run_saves_them(run: Runner, tiny_model: P
     assert compared > 200
 
 
-def test_a_server_captures_what_it_compiles(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**MODULES, "dump_path": str(tmp_path / "dump")}))
-    asked = json.dumps({"dump_config_path": str(config)})
-    server = Server(tiny_model, tmp_path / "log", "--additional-config", asked, eager=False)
-    try:
-        assert server.wait(), server.log.read_text()[-2000:]
-        tokens = server.complete("Explain gravity", 4, "first")
-    finally:
-        server.kill()
-    steps = dumped(tmp_path / "dump")
-    assert len(steps) == len(tokens) == 4
-    assert all(len(modules(step)) == 29 for step in steps)
+def test_each_rank_has_the_modules_of_an_eager_one(run: Runner) -> None:
+    """In pieces, which Inductor would compile slowly in each; test_service has two ranks in mode 2 with Inductor."""
+    eager, compiled = run("eager", STATISTICS), run("3-eager", MODULES, ranks=2)
+    assert compiled.tokens == eager.tokens
+    both = [step.folder.relative_to(step.folder.parents[1]) for step in compiled.steps]
+    assert both == [Path(f"step{number}", rank) for number in range(5) for rank in ("rank0", "rank1")]
+    for one, *ranks in zip(eager.steps, compiled.steps[::2], compiled.steps[1::2], strict=True):
+        assert one.manifest is not None
+        for step in ranks:
+            assert list(step.data) == modules(one)
+            assert step.manifest is not None
+            assert (step.manifest["mode"], step.manifest["requests"]) == ("graph", one.manifest["requests"])
+            assert {hole["site"] for hole in step.manifest["holes"]}.isdisjoint(step.data)

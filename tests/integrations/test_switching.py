@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from msprobe_graph.config import watch
 
-from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, worker
+from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, until, worker
 
 pytestmark = pytest.mark.vllm
 
@@ -35,28 +35,6 @@ def enable(config: Path, on: bool, dump: Path) -> None:
     partial = config.with_suffix(".new")
     partial.write_text(json.dumps(content))
     partial.replace(config)
-
-
-def hooks(llm: Any) -> int:
-    """All but the one on the root with which the plugin follows the steps."""
-    model = worker(llm).get_model()
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()) - 1
-
-
-def step_through(llm: Any, between: dict[int, Callable[[], object]], steps: int = 6) -> dict[int, bool]:
-    """Serve one request, with acts before some of its steps. By step: whether hooks were in place after it."""
-    from vllm import SamplingParams
-
-    serving = llm.llm_engine
-    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-    serving.add_request(f"request{time.monotonic_ns()}", PROMPTS[0], params)
-    hooked = {}
-    for number in range(steps):
-        between.get(number, lambda: None)()
-        serving.step()
-        hooked[number] = hooks(llm) > 0
-    assert not serving.has_unfinished_requests()
-    return hooked
 
 
 def test_by_rpc(served: tuple[Any, Path, Path], untouched: dict[str, Any]) -> None:
@@ -177,13 +155,6 @@ def test_while_a_server_answers(tiny_model: Path, tmp_path: Path, untouched: dic
     expected = [*range(answered + at_stop), *range(answered + 200, answered + 203)]
     assert sorted(steps) == expected
     assert [steps[number] for number in expected[-3:]] == [["cmpl-again-0"]] * 3
-
-
-def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def count(dump: Path, request: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,9 +13,10 @@ from vllm.distributed import get_pp_group
 
 from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
 from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.dump.records import Request
 
 from . import log
-from .batch import padded_rows, requests, row_order
+from .batch import client_name, padded_rows, requests, row_order
 from .compiled import heed_hooks
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ class WorkerCapture:
     | execute_model | begins a step; runs the model and, but for model runner V2, computes the logits |
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
-    A call of execute_model with nothing scheduled is no step. A step is on disk before its result is returned, because
-    vLLM kills its workers when it is stopped. A failure in here ends capture, not serving.
+    A call of execute_model with nothing scheduled is no step, but tells which requests are over. A step is on disk
+    before its result is returned, because vLLM kills its workers when it is stopped. A failure in here ends capture,
+    not serving.
 
     Gives the worker three methods for collective_rpc, between steps: msprobe_start, msprobe_stop and msprobe_flush.
     """
@@ -107,6 +110,8 @@ class WorkerCapture:
     def _execute_model(
         self, execute_model: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        if self._warm and scheduler_output.finished_req_ids:
+            self._safely(self._over, scheduler_output.finished_req_ids)
         if not self._warm or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
             return execute_model(scheduler_output, *args, **kwargs)
         self._safely(self._begin, scheduler_output)
@@ -146,19 +151,40 @@ class WorkerCapture:
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hook, too
             heed_hooks(model)
             model.register_forward_pre_hook(lambda *_: self._within_step(self._resume), prepend=True)
-        log.info("msprobe_graph captures the steps of rank %d", self._rank)
+        log.info("msprobe_graph captures the steps of rank %d (process %d)", self._rank, os.getpid())
 
     def _begin(self, scheduler_output: Any) -> None:
         if self._scheduled is not None:  # what was to end it never came
             self._end()
         self._scheduled, self._padded, self._captured = scheduler_output, None, False
-        session = self._debugger.session
-        if self._switched_on and session.wanted():
-            batch = requests(self._worker, scheduler_output, scheduler_output.num_scheduled_tokens)
+        batch = self._wanted(scheduler_output)
+        if batch:
             self._debugger.start(self._models, scheduled_tokens=batch)
             self._captured = self._debugger.capturing
         else:
-            session.leave()
+            self._debugger.session.leave()
+
+    def _wanted(self, scheduler_output: Any) -> list[Request]:
+        """The requests of a step that is to be captured; none of one that is not."""
+        if not self._switched_on or not self._debugger.session.wanted():
+            return []
+        batch = requests(self._worker, scheduler_output, scheduler_output.num_scheduled_tokens)
+        return batch if self._asked_for(each.request for each in batch) else []
+
+    def _asked_for(self, names: Iterable[str]) -> bool:
+        """Whether one of these requests is the one that request_id names, if it names one."""
+        wanted = self._debugger.session.settings.request_id
+        return wanted is None or any(name == wanted or name.startswith(f"{wanted}-") for name in names)
+
+    def _over(self, finished: Iterable[str]) -> None:
+        """Requests are over. vLLM says so with the next step or, when there is nothing more to do, with an empty one
+        right after the last."""
+        if self._scheduled is not None:  # what was to end it never came
+            self._end()
+        session = self._debugger.session
+        if "request" in session.settings.flush_on and self._asked_for(map(client_name, finished)):
+            session.fire("request")
+            session.flush()
 
     def _within_step(self, act: Callable[[], Any]) -> None:
         """For hooks on the model, which dummy runs call as well."""
