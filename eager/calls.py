@@ -34,8 +34,7 @@ class Calls:
         selection = context.selection
         if not selection.may_want_api(api):
             return func(*args, **kwargs)
-        number = context.numbering.next(api)
-        context.numbering.advance(api)
+        number = context.numbering.advance(api)
         name = api_entry(api, number, "forward")
         if not selection.wants_api(name):
             return func(*args, **kwargs)

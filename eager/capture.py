@@ -110,8 +110,7 @@ class EagerCapture:
     def _miss(self, taps: list[ModuleTap]) -> None:
         """Count a call of each that began before anyone looked."""
         for tap in taps:
-            name = module_call(tap.prefix, "forward", self._context.numbering.next(tap.prefix))
-            self._context.numbering.advance(tap.prefix)
+            name = module_call(tap.prefix, "forward", self._context.numbering.advance(tap.prefix))
             if self._hooks.records:
                 self._context.recorder.holes.append(Hole(name, BEGUN))
 

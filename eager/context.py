@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Entry
 from msprobe_graph.taps.recorder import Recorder
 
-from .call_stacks import Anchor, CallStacks, Stack
+from .call_stacks import Anchor, CallStacks, caller_of_module
 from .module_backward import Edges
 from .paths import Paths
 
@@ -34,12 +36,14 @@ class Numbering:
         self._within.clear()
 
     def next(self, name: str) -> int:
-        """The number that the running call of `name` bears: how many have been before."""
+        """The number that the next call of `name` will bear: how many have been counted."""
         return self._calls.get(name, 0)
 
-    def advance(self, name: str) -> None:
-        """That call is over; the next one bears the next number."""
-        self._calls[name] += 1
+    def advance(self, name: str) -> int:
+        """Count a call of `name`; what is returned is its number."""
+        number = self._calls[name]
+        self._calls[name] = number + 1
+        return number
 
     def within(self, name: str, module: str | None) -> int:
         """Which call of `name` this is within `module`, counted by being asked."""
@@ -120,20 +124,15 @@ class Context:
             module=module,
             number=self.numbering.within(calls, module),
             parent=inside.name if inside else None,
-            stack=self.stack(frame),
+            stack=None if self.stacks is None else self.stacks.of(frame, inside.anchor if inside else None),
         )
 
-    def stack(self, frame: FrameType | None) -> Stack | None:
+    def anchor(self, frame: FrameType, inside: ModuleCall | None) -> Anchor | None:
+        """An anchor at a frame of nn.Module's that runs a module's hooks, and its forward; `inside` is the module that
+        runs already."""
         if self.stacks is None:
             return None
-        inside = self.running.top
-        return self.stacks.of(frame, inside.anchor if inside else None)
-
-    def anchor(self, caller: FrameType | None) -> Anchor | None:
-        """An anchor at the frame that calls a module."""
-        if self.stacks is None or caller is None:
-            return None
-        return Anchor(caller, self.stack(caller) or ())
+        return Anchor(frame, self.stacks.of(caller_of_module(frame), inside.anchor if inside else None))
 
     def values(self, values: Any, stem: str, save: bool) -> list[Any]:
         """Positional arguments or outputs, measured: one record or nest for each."""
@@ -148,6 +147,12 @@ class Context:
             return {}
         value = self.recorder.value
         return {name: value(item, f"{stem}.{name}" if save else None) for name, item in values.items()}
+
+    def parameters(self, module: nn.Module, stem: str, save: bool) -> dict[str, Any]:
+        """A module's own parameters, measured."""
+        if not save:
+            return self.recorder.weights(module._parameters)
+        return self.named({name: value for name, value in module._parameters.items() if value is not None}, stem, True)
 
 
 def here(above: int = 1) -> FrameType:

@@ -14,7 +14,6 @@ from msprobe_graph.dump.records import Entry, Hole
 
 from ._compat import unseen
 from .backward import Backward
-from .call_stacks import caller_of_module
 from .context import Context, ModuleCall, here, spread
 
 
@@ -35,21 +34,22 @@ class ModuleTap:
         if not context.on:
             return
         prefix = self.prefix
-        number = context.numbering.next(prefix)
-        context.numbering.advance(prefix)
+        number = context.numbering.advance(prefix)
         name = module_call(prefix, "forward", number)
         call = ModuleCall(prefix, self.path, number, name if self._records else None)
+        stack = context.running.stack
         with unseen():
-            context.boundary.attempt(name, self._inputs, call, args, kwargs)
-        context.running.stack.append(call)
+            context.boundary.attempt(name, self._inputs, call, stack[-1] if stack else None, args, kwargs)
+        stack.append(call)
         call.end = context.module_begins()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook, called when the forward raised too."""
-        if not self.running:
-            return
         context = self._context
-        call = context.running.stack.pop()
+        stack = context.running.stack
+        if not stack or stack[-1].prefix != self.prefix:  # its beginning wasn't seen
+            return
+        call = stack.pop()
         if call.end is not None:
             call.end()
         name = call.name
@@ -66,16 +66,11 @@ class ModuleTap:
                 return
             context.boundary.attempt(name, self._outputs, call.entry, call, module, output)
 
-    @property
-    def running(self) -> bool:
-        """Whether the innermost module call that was seen to begin, and not to end, is this module's."""
-        stack = self._context.running.stack
-        return bool(stack) and stack[-1].prefix == self.prefix
-
-    def _inputs(self, call: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _inputs(
+        self, call: ModuleCall, inside: ModuleCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         context = self._context
-        if context.stacks is not None:
-            call.anchor = context.anchor(caller_of_module(here(3)))
+        call.anchor = context.anchor(here(3), inside)
         name, selection = call.name, context.selection
         if name is None:
             return
@@ -87,9 +82,8 @@ class ModuleTap:
             save = selection.saves(name)
             parts["input_args"] = context.values(args, f"{name}.input", save)
             parts["input_kwargs"] = context.named(kwargs, f"{name}.kwargs", save)
-        inside = context.running.top
         parent, stack = inside.name if inside else None, call.anchor.stack if call.anchor else None
-        call.entry = Entry(name, parts, module=self.path, number=call.number, parent=parent, stack=stack)
+        call.entry = Entry(name, parts, self.path, call.number, parent, stack)
         if selection.backward and torch.is_grad_enabled():
             call.edges = self._backward.edges(args, kwargs)
 
@@ -101,8 +95,7 @@ class ModuleTap:
             if selection.outputs:
                 save = selection.saves(name)
                 entry.parts["output"] = context.values(spread(output), f"{name}.output", save)
-                parameters = {key: value for key, value in module._parameters.items() if value is not None}
-                entry.parts["parameters"] = context.named(parameters, f"{name}.parameters", save)
+                entry.parts["parameters"] = context.parameters(module, f"{name}.parameters", save)
             context.recorder.entries[name] = entry
         if call.edges is not None:
             self._backward.follow_module(module_call(self.prefix, "backward", call.number), entry, call.edges, output)

@@ -4,8 +4,9 @@ A weight is measured once per version, not once per call, and a large output of 
 is measured once. A tensor counts as unchanged while it is the same Python object, its version counter stands still and
 a probe of some of its elements (`fingerprint`) gives the same; the probe is there for writes that the version counter
 does not see, through ``.data`` or by an operator that writes into its arguments without saying so. It looks at 3
-elements, of a weight once a step: a write through ``.data`` to a few others goes unnoticed. Tensors of inference mode
-have no version counter: they are measured every time.
+elements, of all weights once a step, when the step meets the first of them: a write through ``.data`` to a few other
+elements goes unnoticed, and one after that moment is seen in the next step. Tensors of inference mode have no version
+counter: they are measured every time.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from msprobe_graph.dump.saved import Saved
 
 from .native import fingerprint
 
-WORTH_REMEMBERING = 32 * 1024
-"""Bytes; to measure less than this again costs about as much as to look it up. Parameters are remembered whatever
-their size."""
+WORTH_REMEMBERING = 128 * 1024
+"""Bytes; to measure less than this again costs about as much as to look it up and to probe it. Weights are remembered
+whatever their size."""
 
 
 class Known(msgspec.Struct, gc=False):
@@ -31,9 +32,8 @@ class Known(msgspec.Struct, gc=False):
     tensor: weakref.ref[torch.Tensor]
     version: int
     address: int
+    """Of a weight's values; 0 of other tensors."""
     fingerprint: int | None
-    probed: int
-    """The step in which the fingerprint was last found to be the same."""
     record: TensorRecord | None = None
     saved: Saved | None = None
     """The values as the writer has them, from whichever step saved them first."""
@@ -43,32 +43,62 @@ class Measured:
     """The tensors measured so far that are still alive."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Known] = {}
-        self._step = 0
+        self._weights: dict[int, Known] = {}
+        self._others: dict[int, Known] = {}
+        self._probed = False
+        """Whether the weights have been probed in this step."""
 
-    def begin(self, step: int) -> None:
-        """A new step: what is known of tensors long gone is forgotten, and each weight is probed again."""
-        self._step = step
-        self._known = {key: known for key, known in self._known.items() if known.tensor() is not None}
+    def begin(self) -> None:
+        """A new step: what is known of tensors long gone is forgotten, and the weights are to be probed again."""
+        self._others = {key: known for key, known in self._others.items() if known.tensor() is not None}
+        self._probed = False
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:
         """What is known of `tensor` as it is now, without a record when it is new or has changed.
 
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """
-        weight = type(tensor) is torch.nn.Parameter
-        if not weight and tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
+        if type(tensor) is torch.nn.Parameter:
+            return self.weight(tensor) or _remember(tensor, tensor.data_ptr(), self._weights)
+        if tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
             return None
-        if tensor.is_inference():
+        known = self._others.get(id(tensor))
+        if (
+            known is not None
+            and known.tensor() is tensor
+            and known.version == tensor._version
+            and known.fingerprint == fingerprint(tensor)
+        ):
+            return known
+        return _remember(tensor, 0, self._others)
+
+    def weight(self, tensor: torch.Tensor) -> Known | None:
+        """What is known of a weight that has not changed; None otherwise, and for what is not exactly an
+        nn.Parameter."""
+        if not self._probed:
+            self._probe()
+        known = self._weights.get(id(tensor))
+        if known is None or known.tensor() is not tensor or known.version != tensor._version:
             return None
-        known = self._known.get(id(tensor))
-        version = tensor._version
-        if known is not None and known.version == version and known.tensor() is tensor:
-            if weight and known.probed == self._step and known.address == tensor.data_ptr():
-                return known
-            if known.fingerprint == fingerprint(tensor):
-                known.probed = self._step
-                return known
-        address = tensor.data_ptr() if weight else 0
-        known = self._known[id(tensor)] = Known(weakref.ref(tensor), version, address, fingerprint(tensor), self._step)
+        if known.address != tensor.data_ptr():
+            if known.fingerprint != fingerprint(tensor):
+                return None
+            known.address = tensor.data_ptr()
         return known
+
+    def _probe(self) -> None:
+        """Forget the weights that have changed. All in one go: a probe between two operators would find cold caches."""
+        self._probed = True
+        unchanged = {}
+        for key, known in list(self._weights.items()):
+            weight = known.tensor()
+            if weight is not None and known.fingerprint == fingerprint(weight):
+                unchanged[key] = known
+        self._weights = unchanged
+
+
+def _remember(tensor: torch.Tensor, address: int, where: dict[int, Known]) -> Known | None:
+    if tensor.is_inference():
+        return None
+    known = where[id(tensor)] = Known(weakref.ref(tensor), tensor._version, address, fingerprint(tensor))
+    return known

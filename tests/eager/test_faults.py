@@ -257,11 +257,17 @@ def test_a_weight_is_measured_once_per_version(tmp_path: Path, monkeypatch: pyte
     assert forward(calls=2) == 1
     layer.weight.data.fill_(3.0)  # no version counter sees this
     assert forward() == 1
+    layer.weight.data = layer.weight.data.clone()  # the same values elsewhere
+    assert forward(calls=2) == 0
+    layer.weight.data = torch.full((128, 128), 4.0)
+    assert forward(calls=2) == 1
+    layer.weight.requires_grad_(False)  # which its record tells
+    assert forward() == 1
     debugger.flush()
     norms = [first_output_of_weight(read(folder)) for folder in steps(tmp_path / "dump")]
     assert norms[0] == norms[1]
     assert norms[2] == pytest.approx(2 * norms[0])
-    assert norms[3] == pytest.approx(3.0 * 128)
+    assert norms[3:] == pytest.approx([3.0 * 128, 3.0 * 128, 4.0 * 128, 4.0 * 128])
 
 
 def first_output_of_weight(step: StepDump) -> float:
