@@ -52,9 +52,7 @@ def msprobe_backend(
         session = _session_of(asked)
         running = session.context
     frame_module = next(iter(module_calls()), None)
-    compiled = lower(
-        module, inputs, asked, session.settings, session.operators, running, session.boundary, frame_module
-    )
+    compiled = lower(module, inputs, asked, session.watch(running), frame_module)
     return compiled if isinstance(compiled, Region) else partial(_run_unseen, compiled, running)
 
 

@@ -24,6 +24,8 @@ from msprobe_graph.dump.writer import Writer
 from msprobe_graph.eager._compat import compiled_inside
 from msprobe_graph.eager.capture import EagerCapture
 from msprobe_graph.eager.context import Context
+from msprobe_graph.graph.replay import Replays
+from msprobe_graph.graph.watch import Watch
 from msprobe_graph.taps.padding import Padding
 from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
@@ -52,6 +54,9 @@ class Session:
         self._watch = ConfigWatch(settings)
         self.boundary = Boundary()
         """Where failures of this capture end."""
+        plain = not settings.slice and settings.summary_mode == "statistics"
+        self.replays = Replays(self.boundary, follows=plain)
+        """Follows what is replayed as a CUDA graph."""
         self.out_of_reach: list[Hole] = []
         """What no step can hold; in every manifest."""
         self._recorder: Recorder | None = None
@@ -105,6 +110,7 @@ class Session:
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()
+        self.replays.switch(True, *_rows_of(requests, cut))
 
     def follow(self, running: Sequence[nn.Module]) -> None:
         """Capture the compiled graphs of the outermost of the modules that are `running`, innermost first, and the
@@ -124,11 +130,16 @@ class Session:
         """What compiled graphs record with; None while nothing is captured."""
         return self.capture.context if self.capturing and self.capture is not None else None
 
+    def watch(self, running: Callable[[], Context | None]) -> Watch:
+        """This capture, for graphs that are compiled under it; `running` gives what captures at run time."""
+        return Watch(self.settings, self.operators, self.boundary, self.replays, running)
+
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
         if self.capturing and self.capture is not None and self._writer is not None:
             self.capture.stop()
             self.capturing = False
+            self.replays.switch(False)
             self._writer.draft(partial(self._as_step, finished=False))
 
     def next_step(self) -> None:
@@ -136,8 +147,10 @@ class Session:
         if self.capture is not None:
             self.capture.stop()
         self.capturing = False
-        if self._dirty and self._writer is not None:
+        if self._dirty and self._writer is not None and self.capture is not None and self._recorder is not None:
             self._captured_steps += 1
+            with self._recorder.in_front():
+                self.replays.record(self.capture.context)
             self._writer.submit(self._as_step(finished=True))
         self._dirty = False
         self.step += 1
@@ -283,6 +296,15 @@ class Session:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank()
         return None
+
+
+def _rows_of(requests: Sequence[Request], cut: Sequence[Slice]) -> tuple[int, int]:
+    """Which rows of the batch count: from the first up to but without the second (-1: all)."""
+    if not requests:
+        return 0, -1
+    rows = requests[-1].end
+    own = next((part for part in cut if part.dim == 0 and part.size == rows and part.end is not None), None)
+    return (0, rows) if own is None else (own.begin, own.end or rows)
 
 
 def _operators(settings: Settings) -> OperatorTable:

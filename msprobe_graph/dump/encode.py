@@ -29,7 +29,9 @@ def number(value: Any) -> Any:
 
 
 def complete(record: TensorRecord, found: Statistics) -> None:
-    """Fill in the statistics that a tap left open."""
+    """Fill in the statistics that a tap left open, and of a replayed value its shape."""
+    if found.replayed is not None:
+        record.shape = found.replayed.shape
     record.Max, record.Min, record.Mean, record.Norm = found.max, found.min, found.mean, found.norm
     record.nan_count = found.nan_count
     record.posinf_count = found.posinf_count
@@ -49,7 +51,14 @@ _STATISTICS = (
 
 
 def share(measured: TensorRecord, other: TensorRecord) -> None:
-    """Give `other`, of the same values, the statistics of a record that is complete."""
+    """Give `other`, of the same values, the statistics of a record that is complete. A size that `other` leaves open
+    (None) follows from the number of elements."""
+    if measured.reason is not msgspec.UNSET:
+        other.reason = measured.reason
+    elif measured.shape is not None and other.shape is not None and None in other.shape:
+        known = math.prod(size for size in other.shape if size is not None)
+        open_size = math.prod(size or 0 for size in measured.shape) // known if known else 0
+        other.shape = tuple(open_size if size is None else size for size in other.shape)
     for name in _STATISTICS:
         setattr(other, name, getattr(measured, name))
 

@@ -33,7 +33,7 @@ class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
 
     type: str
     dtype: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int | None, ...] | None
     Max: Any
     Min: Any
     Mean: Any
@@ -113,6 +113,14 @@ class Flushed(msgspec.Struct, frozen=True):
     tell."""
 
 
+class Replayed(msgspec.Struct, frozen=True, gc=False):
+    """What only the device can tell of a value that a replayed graph has measured."""
+
+    shape: tuple[int, ...]
+    times: int
+    """How often it was computed in the step; the statistics are of the last time."""
+
+
 class Statistics(msgspec.Struct, frozen=True, gc=False):
     """The statistics of one tensor.
 
@@ -140,13 +148,24 @@ class Statistics(msgspec.Struct, frozen=True, gc=False):
     finite_min: float | None = None
     finite_mean: float | None = None
     finite_norm: float | None = None
+    replayed: Replayed | None = None
+    """Of a value that a CUDA graph has measured."""
 
 
 class RowSource(Protocol):
     """Where the writer reads a step's statistics."""
 
-    def fetch(self) -> Sequence[Statistics]:
-        """The statistics of all rows so far, by row number. May wait for a device."""
+    def fetch(self) -> Sequence[Statistics | None]:
+        """The statistics of all rows so far, by row number; None where nothing was measured, because the graph that
+        would have was not replayed. May wait for a device."""
+
+
+class Provisional(msgspec.Struct):
+    """Entries of a call that may have been replayed: they count if `row` was measured."""
+
+    row: int
+    entries: list[str]
+    holes: list[Hole]
 
 
 class Step(msgspec.Struct):
@@ -160,6 +179,7 @@ class Step(msgspec.Struct):
     """The records that this step has measured, by row."""
     shared: list[tuple[TensorRecord, TensorRecord]] = []
     """Records with the statistics of another one: the other one, and they."""
+    provisional: list[Provisional] = []
     holes: list[Hole] = []
     requests: list[Request] = []
     graphs: list[dict[str, Any]] = []

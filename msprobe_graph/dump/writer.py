@@ -36,6 +36,8 @@ QUEUED_BYTES = 1 << 30
 QUEUED_STEPS = 64
 """As many steps may wait to be written; then capture waits for the disk."""
 DRAFT_SECONDS = 0.5
+NOT_REPLAYED = "no graph that computes it was replayed in this step"
+OVERRUN = "graphs that compute them were replayed more than once in this step; the statistics are of the last time"
 
 
 class _Wake(msgspec.Struct):
@@ -358,12 +360,27 @@ class Writer:
 
 def _complete(step: Step) -> None:
     """Fill in the statistics of all records."""
-    if step.rows is not None:
-        statistics = step.rows.fetch()
-        for row, record in step.records.items():
-            complete(record, statistics[row])
-        for measured, other in step.shared:
-            share(measured, other)
+    if step.rows is None:
+        return
+    statistics = step.rows.fetch()
+    again = 0
+    for row, record in step.records.items():
+        found = statistics[row]
+        if found is None:
+            record.reason = NOT_REPLAYED
+        else:
+            complete(record, found)
+            again += found.replayed is not None and found.replayed.times > 1
+    for measured, other in step.shared:
+        share(measured, other)
+    if again:
+        step.holes.append(Hole(f"{again} values", OVERRUN))
+    for call in step.provisional:
+        if statistics[call.row] is not None:
+            step.holes += call.holes
+        else:
+            gone = set(call.entries)
+            step.entries = [entry for entry in step.entries if entry.name not in gone]
 
 
 def _save_tensor(value: torch.Tensor, path: Path) -> None:

@@ -12,10 +12,13 @@ from msprobe_graph.dump.records import Entry, Hole, TensorRecord
 from msprobe_graph.eager.context import Context
 
 from .plan import Absent, Call, Place, Plan, Ref, Value, refs, tensors, valued
+from .replay import Frame
 
 NOT_SEEN = "the compiled program does not hold it in memory"
 SHARED = "other parts of the program use this tensor too, and compiled code adds their gradients up in its own order"
 NO_GIVES = "what the backward pass of a single function gives is not told apart in compiled code"
+
+NOT_SAVED = "a CUDA graph was replayed, which measures values but does not save them yet"
 
 Part = tuple[str, str, Any]
 """What dump.json calls a part of an entry, what the names of tensor files call it, and the nest with `Ref`s."""
@@ -72,6 +75,23 @@ class Entries:
             record = self._context.recorder.passing(value, stem, self._measured.get(base))
             self._found[ref, stem] = self._measured[base] = record
         self._take_views(ref, value)
+
+    def take_replayed(self, frame: Frame) -> None:
+        """What CUDA graphs measure of this call, but for what was seen without them."""
+        seen = {ref for ref, _ in self._found}
+        recorder = self._context.recorder
+        for ref, slots in frame.slots.items():
+            if ref not in seen:
+                record = recorder.replayed(frame.rows, slots, frame.dtypes[ref])
+                self._fill(ref, record)
+                for view in self._plan.reshaped.get(ref, ()):
+                    self._fill(view, recorder.view_of(record, self._plan.values[view].shape))
+
+    def _fill(self, ref: int, record: TensorRecord) -> None:
+        for stem in self._files.get(ref, (None,)):
+            self._found[ref, stem] = record
+            if stem is not None:
+                self._context.recorder.holes.append(Hole(f"{stem}.pt", NOT_SAVED))
 
     def _take_views(self, ref: int, value: torch.Tensor) -> None:
         for view in self._plan.reshaped.get(ref, ()):

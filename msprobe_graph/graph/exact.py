@@ -16,6 +16,7 @@ from msprobe_graph.dump.boundary import Boundary
 from . import inductor_compat as inductor
 from .inductor_compat import SchedulerPass
 from .pins import pinned
+from .placement import places
 from .stamps import Found, Wanted, spare
 
 REASONS = {
@@ -107,16 +108,14 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
                 tapped[id] = buffered
         for id in spare(self._wanted, tapped):
             del tapped[id]
-        places: dict[tuple[int, Any], list[int]] = {}
-        for id, buffered in list(tapped.items()):
-            at = _place(schedule, buffered)
-            if at is None:
-                missing[id] = "overwritten"
-                del tapped[id]
-            else:
-                places.setdefault((at, buffered.device), []).append(id)
+        found_places = places(schedule, tapped)
+        missing.update((id, "overwritten") for id in tapped if id not in found_places)
+        tapped = {id: buffered for id, buffered in tapped.items() if id in found_places}
+        at_places: dict[tuple[int, torch.device], list[int]] = {}
+        for id, buffered in tapped.items():
+            at_places.setdefault((found_places[id], buffered.device), []).append(id)
         before = schedule.names()
-        taps = [(at, device, ids) for (at, device), ids in sorted(places.items(), key=lambda item: item[0][0])]
+        taps = [(at, device, ids) for (at, device), ids in sorted(at_places.items(), key=lambda item: item[0][0])]
         if not taps:
             taps = [(len(before), torch.device("cpu"), [])]
         after = [*before, *("tap" for _ in taps)]
@@ -135,17 +134,6 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         return found, {id: "rewritten" for id in self._wanted if id % 2 == backward and id not in found}
 
 
-def _place(schedule: inductor.Schedule, value: inductor.Buffered) -> int | None:
-    """Where to tap: held back to where a function ends anyway, so that many values share one call; else as late as
-    possible. None where every tap would split a function. On a CPU, where a call costs less than a cold cache, as early
-    as possible."""
-    fits = schedule.is_free if value.device.type == "cpu" else schedule.stops
-    for place in range(value.begin, value.end + 1):
-        if fits(place):
-            return place
-    return next((place for place in range(value.end, value.begin - 1, -1) if schedule.is_free(place)), None)
-
-
 def chained_uuid(digest: str, *chained: Any) -> Any | None:
     """What the compiler's caches tell our passes by; None, which bypasses them, if a user's pass has nothing."""
     theirs = []
@@ -161,5 +149,5 @@ def chained_uuid(digest: str, *chained: Any) -> Any | None:
 
 def _sources() -> str:
     here = Path(__file__).parent
-    names = ("exact.py", "full.py", "inductor_compat.py", "pins.py", "stamps.py", "tap_op.py")
+    names = ("exact.py", "full.py", "inductor_compat.py", "pins.py", "placement.py", "stamps.py", "tap_op.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

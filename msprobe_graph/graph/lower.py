@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from msprobe_graph.config import Settings
-from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.config.selection import Selection
-from msprobe_graph.dump.boundary import Boundary
-from msprobe_graph.eager.context import Context
 from msprobe_graph.version import __version__
 
 from .handoff import Compiled, Taps, hand_on
@@ -23,6 +19,7 @@ from .plan import Plan, gradient_id, refs, valued
 from .region import SITE, Region
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
+from .watch import Watch
 
 _marks = Marks()
 
@@ -31,18 +28,16 @@ def lower(
     module: fx.GraphModule,
     inputs: Sequence[Any],
     options: GraphOptions,
-    settings: Settings,
-    operators: OperatorTable,
-    running: Callable[[], Context | None],
-    boundary: Boundary,
+    watch: Watch,
     frame_module: nn.Module | None,
 ) -> Callable[..., Any]:
-    """What a dynamo backend returns for a graph: a function that computes it and, when `running` gives a capture,
-    records the calls in it. `frame_module`: see `naming.plan_of`.
+    """What a dynamo backend returns for a graph: a function that computes it and, while something captures, records
+    the calls in it. `frame_module`: see `naming.plan_of`.
 
-    A graph without anything that `settings` select is handed on as it came, and so is one that can't be understood:
-    then `boundary` has the hole.
+    A graph without anything that the settings select is handed on as it came, and so is one that can't be understood:
+    then the boundary has the hole.
     """
+    settings, operators, boundary = watch.settings, watch.operators, watch.boundary
     modules, apis = settings.level in ("L0", "mix"), settings.level in ("L1", "mix")
     has_modules = any(node.meta.get("nn_module_stack") for node in module.graph.nodes)
     marks = _marks.of(module.graph) if modules and has_modules else ()
@@ -65,7 +60,7 @@ def lower(
         return hand_on(module, inputs, taps if tapped else Taps(), options)
 
     verifier = Verifier(module, compile, options) if options.verify else None
-    return Region(plan, compile(module, True, options), running, options, verifier)
+    return Region(plan, compile(module, True, options), watch, options, watch.replays.rows(inputs), verifier)
 
 
 def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, Wanted]:

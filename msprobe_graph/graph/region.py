@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -19,8 +19,13 @@ from .exact import REASONS
 from .handoff import Compiled
 from .options import GraphOptions
 from .plan import Plan
+from .replay import Frame, Frames, capturing
 from .tap_op import invocations
 from .verify import Verifier
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from msprobe_graph.taps.graph_rows import GraphRows
 
 SITE = "a compiled graph"
 
@@ -28,15 +33,17 @@ SITE = "a compiled graph"
 class Region:
     """Calls what the inner backend made of a graph, and records the calls that the graph consists of.
 
-    `running` gives what captures now on this thread, or None: then the graph runs and nothing else happens.
+    Where nothing captures the graph runs and nothing else happens. `rows` is where the taps measure when the graph, or
+    part of it, becomes a CUDA graph: None where it can't.
     """
 
     def __init__(
         self,
         plan: Plan,
         compiled: Compiled,
-        running: Callable[[], Context | None],
+        watch: Watch,
         options: GraphOptions,
+        rows: GraphRows | None = None,
         verifier: Verifier | None = None,
     ) -> None:
         self.plan = plan
@@ -44,12 +51,17 @@ class Region:
         """For the manifest of every step in which the graph runs."""
         self.reasons: dict[int, str] = {}
         """Why values are missing, by id, as far as the first tap of a graph has told."""
+        self.replays = watch.replays
+        self.frames = Frames(watch.replays, rows)
         self._compiled = compiled.call
         self._reports = compiled.reports
-        self._running = running
+        self._running = watch.running
+        self._boundary = watch.boundary
         self._options = options
         self._verifier = verifier
         self._verdict: dict[str, Any] | None = None
+        if rows is not None:
+            watch.replays.regions.append(self)
 
     def description(self) -> dict[str, Any]:
         """What the manifest tells of the graph: see `dump.manifest`."""
@@ -74,12 +86,17 @@ class Region:
 
     def __call__(self, *inputs: Any) -> Any:
         context = self._running()
-        if context is None:
+        captured = self.frames.followed and capturing()
+        if context is None or captured:
+            if captured or (self.frames.followed and self.replays.listening):
+                return self._lay_out(inputs, captured)
             return self._compiled(*inputs)
         if self._verifier is not None:
             verifier, self._verifier = self._verifier, None
             self._verdict = context.boundary.attempt(SITE, verifier.verdict, inputs)
-        invocation = context.boundary.attempt(SITE, Invocation, self, context, inputs)
+        invocation = context.boundary.attempt(
+            SITE, Invocation, self, context, inputs, self.frames.of_step(context.step)
+        )
         if invocation is None:
             return self._compiled(*inputs)
         with invocation.listening():
@@ -87,18 +104,85 @@ class Region:
         context.boundary.attempt(SITE, invocation.finish, outputs)
         return outputs
 
+    def learn(self, note: str) -> None:
+        """Take in what the first tap of a graph tells: JSON, which values could not be tapped, and why."""
+        missing: dict[str, str] = msgspec.json.decode(note)["missing"]
+        for id_, code in missing.items():
+            # Of a graph compiled in pieces, each piece says of what the others compute that it is not there.
+            if code != "rewritten" or int(id_) not in self.reasons:
+                self.reasons[int(id_)] = REASONS[code]
+
+    def replayed(self, context: Context, frame: Frame) -> None:
+        """Record a call that a CUDA graph may have replayed as a whole; the device will tell whether it has."""
+        inputs = [frame.lasting.get(position) for position in range(frame.inputs)]
+        marks = next(iter(frame.slots.items()), None)
+        if marks is not None:
+            ref, slots = marks
+            with context.recorder.if_replayed(frame.rows, slots, frame.dtypes[ref]):
+                Invocation(self, context, inputs, frame).finish([None] * frame.outputs)
+
+    def _lay_out(self, inputs: Sequence[Any], captured: bool) -> Any:
+        """A call that nobody records: it is, or may in part be, captured as a CUDA graph."""
+        listener = self._boundary.attempt(SITE, Listener, self, inputs, captured)
+        if listener is None:
+            return self._compiled(*inputs)
+        invocations.push(listener)
+        try:
+            outputs = self._compiled(*inputs)
+        finally:
+            invocations.pop()
+        if captured:
+            self._boundary.attempt(SITE, listener.returned, outputs)
+        return outputs
+
+
+class Listener:
+    """A call of a region that lays out what a CUDA graph is to measure, and records nothing."""
+
+    def __init__(self, region: Region, inputs: Sequence[Any], captured: bool) -> None:
+        """`captured`: the call itself is, not only what happens inside."""
+        self._region = region
+        self._frame = region.frames.of_round()
+        if captured:
+            plan, frame = region.plan, self._frame
+            lasting = {position for anchors in plan.anchors.values() for position, _ in anchors}
+            frame.whole, frame.inputs = True, len(inputs)
+            frame.lasting = {position: inputs[position] for position in lasting}
+            self._measure({ref: inputs[position] for ref, position in plan.inputs.items() if position not in lasting})
+
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+        if note:
+            self._region.learn(note)
+        rows = self._region.frames.rows
+        boundary = self._region.replays.boundary
+        if capturing():
+            boundary.attempt(SITE, self._measure, dict(zip(ids, values, strict=True)))
+        elif rows is not None:
+            boundary.attempt(SITE, rows.prepare, values)
+
+    def returned(self, outputs: Sequence[Any]) -> None:
+        self._frame.outputs = len(outputs)
+        self._measure({ref: outputs[position] for ref, position in self._region.plan.outputs.items()})
+
+    def _measure(self, values: Mapping[int, Any]) -> None:
+        with unseen():
+            self._frame.measure(values, self._region.replays.padded)
+
 
 class Invocation:
     """One run of a region, and of its backward pass."""
 
-    def __init__(self, region: Region, context: Context, inputs: Sequence[Any]) -> None:
+    def __init__(self, region: Region, context: Context, inputs: Sequence[Any], frame: Frame | None) -> None:
+        """`frame`: what CUDA graphs have captured of this call, if any have or may."""
         self._region = region
         self._context = context
         self._step = context.step
+        self._frame = frame
         self._entries = Entries(region.plan, context, inputs, region.reasons)
         with unseen(), torch.no_grad():
             for ref, position in region.plan.inputs.items():
-                self._entries.take(ref, inputs[position])
+                if inputs[position] is not None:
+                    self._entries.take(ref, inputs[position])
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -119,7 +203,10 @@ class Invocation:
         """The graph has returned `outputs`: its entries are complete."""
         with unseen(), torch.no_grad():
             for ref, position in self._region.plan.outputs.items():
-                self._entries.take(ref, outputs[position])
+                if outputs[position] is not None:
+                    self._entries.take(ref, outputs[position])
+            if self._frame is not None:
+                self._entries.take_replayed(self._frame)
             self._entries.record_forward()
         recorder = self._context.recorder
         recorder.holes.extend(Hole(SITE, remark) for remark in self._region.remarks)
@@ -129,12 +216,11 @@ class Invocation:
 
     def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
         if note:
-            missing: dict[str, str] = msgspec.json.decode(note)["missing"]
-            for id_, code in missing.items():
-                # Of a graph compiled in pieces, each piece says of what the others compute that it is not there.
-                if code != "rewritten" or int(id_) not in self._region.reasons:
-                    self._region.reasons[int(id_)] = REASONS[code]
+            self._region.learn(note)
         with unseen():
+            if self._frame is not None and capturing():
+                self._frame.measure(dict(zip(ids, values, strict=True)), None)
+                return
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)
 

@@ -7,15 +7,16 @@ was recorded; a value that was measured already in this step, and has not change
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from msprobe_graph.config import Settings, Slice
 from msprobe_graph.dump.encode import describe
-from msprobe_graph.dump.records import Entry, Hole, Request, Step, TensorRecord
+from msprobe_graph.dump.records import Entry, Hole, Provisional, Request, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
@@ -23,6 +24,9 @@ from .measured import Known, Measured
 from .padding import Padding
 from .rows import Rows
 from .unmeasurable import Unmeasurable
+
+if TYPE_CHECKING:
+    from .graph_rows import GraphRows, Slot
 
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
@@ -52,7 +56,8 @@ class Recorder:
         self._rows = Rows()
         self._records: dict[int, TensorRecord] = {}
         self._shared: list[tuple[TensorRecord, TensorRecord]] = []
-        self._measured.begin(number)
+        self._provisional: list[Provisional] = []
+        self._measured.begin()
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
         self.holes: list[Hole] = []
@@ -65,12 +70,14 @@ class Recorder:
         self, finished: bool, expected: int, captured: int, late: Sequence[Entry], holes: Sequence[Hole]
     ) -> Step:
         """The step as it stands; `late` entries and `holes` are those that only its end tells."""
+        self._rows.seal(finished)
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
             rows=self._rows if self._measures else None,
             records=dict(self._records),
             shared=list(self._shared),
+            provisional=list(self._provisional) if finished else [],
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             graphs=[describe_graph() for describe_graph in self.graphs.values()],
@@ -98,6 +105,20 @@ class Recorder:
             return self._fields(fields, stem, depth)
         return describe(value)
 
+    def weights(self, parameters: Mapping[str, torch.Tensor | None]) -> dict[str, TensorRecord]:
+        """The records of a module's own parameters, which are not saved: `value` of each in fewer steps, as nearly all
+        of them are known."""
+        whole = not self.cut and self.padding is None
+        records = {}
+        for name, weight in parameters.items():
+            if weight is not None:
+                known = self._measured.weight(weight) if whole else None
+                record = None if known is None else known.record
+                if record is None or record.requires_grad != weight.requires_grad:
+                    record = self._tensor(weight, None)
+                records[name] = record
+        return records
+
     def passing(self, tensor: torch.Tensor, stem: str | None, same: TensorRecord | None) -> TensorRecord:
         """The record of a tensor that exists for this moment only, such as a compiled program's buffer.
 
@@ -115,6 +136,37 @@ class Recorder:
             record.data_name = f"{stem}.pt"
         return record
 
+    def replayed(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> TensorRecord:
+        """The record of a value that a CUDA graph measures when it is replayed."""
+        record = TensorRecord("torch.Tensor", _DTYPES[dtype], None, None, None, None, None, False)
+        self._records[self._rows.reserve(graph, slots, dtype)] = record
+        return record
+
+    def view_of(self, record: TensorRecord, shape: tuple[int | None, ...]) -> TensorRecord:
+        """The record of all elements of another one's value, in a shape of which one size may be open."""
+        view = TensorRecord("torch.Tensor", record.dtype, shape, None, None, None, None, False)
+        self._shared.append((record, view))
+        return view
+
+    @contextmanager
+    def in_front(self) -> Iterator[None]:
+        """Entries that are recorded inside come before those that are there."""
+        behind, self.entries = self.entries, {}
+        try:
+            yield
+        finally:
+            self.entries.update(behind)
+
+    @contextmanager
+    def if_replayed(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> Iterator[None]:
+        """What is recorded inside counts only if the slots turn out to have been written."""
+        row = self._rows.reserve(graph, slots, dtype)
+        entries, holes = len(self.entries), len(self.holes)
+        yield
+        names = list(self.entries)[entries:]
+        self._provisional.append(Provisional(row, names, self.holes[holes:]))
+        del self.holes[holes:]
+
     def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
         return {
             str(name): self.value(item, None if stem is None else f"{stem}.{name}", depth + 1)
@@ -122,12 +174,14 @@ class Recorder:
         }
 
     def _tensor(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
-        tensor = self._part(tensor)
+        if self.cut or self.padding is not None:
+            tensor = self._part(tensor)
         known = self._measured.lookup(tensor)
         if known is not None and stem is None:
-            if known.record is None or known.record.requires_grad != tensor.requires_grad:
-                known.record = self._read(tensor, stem)
-            return known.record
+            record = known.record
+            if record is None or record.requires_grad != tensor.requires_grad:
+                record = known.record = self._read(tensor, stem)
+            return record
         record = self._read(tensor, stem)
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):
             record.data_name = f"{stem}.pt"

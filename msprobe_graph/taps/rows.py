@@ -1,16 +1,29 @@
 """The rows of one step: a tensor is measured where it passes, its statistics are read when the step is over."""
 
+from __future__ import annotations
+
 import ctypes
+import functools
+import importlib.util
 import itertools
 import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
-from msprobe_graph.dump.records import Statistics
+from msprobe_graph.dump.records import Replayed, Statistics
 
 from . import native, portable
 from .statistics import ROW, read_row
 from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
+
+if TYPE_CHECKING:
+    from .graph_rows import Arrival, GraphRows, Slot
+    from .triton_rows import TritonRows
+
+CAPTURED = "it is computed while a CUDA graph is captured, which computes nothing"
 
 CHUNK = 1024
 """Rows that are allocated at once; the memory of a row never moves."""
@@ -35,6 +48,10 @@ class Rows:
         self._chunks: list[ctypes.Array[ctypes.c_char]] = []  # their memory
         # Rows that lie on a device until fetch() puts them into their places, with their numbers.
         self._elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+        # Rows that Triton kernels make, with the numbers that they have here.
+        self._on_gpus: dict[torch.device, tuple[TritonRows, list[int]]] = {}
+        self._reserved: dict[int, tuple[GraphRows, Sequence[Slot]]] = {}
+        self._arrivals: dict[GraphRows, Arrival | None] = {}
 
     def add(self, tensor: torch.Tensor) -> int:
         """Measure `tensor`, of any shape, strides and dtype, as it is now, and return the number of its row.
@@ -46,7 +63,7 @@ class Rows:
         dtype = tensor.dtype
         code = native.CODES.get(dtype)
         if code is None or self._native is None or not tensor.is_cpu:
-            return self._add_portably(tensor)
+            return self._add_elsewhere(tensor)
         address = address_of(tensor)
         count = tensor.numel()
         number = next(self._numbers)
@@ -57,8 +74,27 @@ class Rows:
             self._native.measure(tensor, address, count, code, self._addresses[number])
         return number
 
-    def fetch(self) -> list[Statistics]:
-        """The statistics of all rows, by number. Waits for the devices that hold some; call it off the hot path."""
+    def reserve(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> int:
+        """The number of a row for what a CUDA graph measures into one of the slots."""
+        number = next(self._numbers)
+        self._dtypes[number] = dtype
+        self._grow(number)
+        self._reserved[number] = graph, slots
+        return number
+
+    def seal(self, finished: bool) -> None:
+        """Have the GPUs bring to the host what they have measured so far, without waiting for it, and what their graphs
+        have if the step is `finished`. To be called in the stream's order."""
+        for rows, _ in self._on_gpus.values():
+            rows.seal()
+        if finished:
+            for graph, _ in self._reserved.values():
+                if graph not in self._arrivals:
+                    self._arrivals[graph] = graph.arrive()
+
+    def fetch(self) -> list[Statistics | None]:
+        """The statistics of all rows, by number; None for one that was reserved and not written. Waits for the devices
+        that hold some; call it off the hot path."""
         elsewhere, self._elsewhere = self._elsewhere, {}  # at once: rows may be added meanwhile
         for (device, real), rows in elsewhere.items():
             if device.type != "cpu":
@@ -67,16 +103,37 @@ class Rows:
             words = transferred if real is torch.float64 else portable.widen(transferred)
             for (number, _), row in zip(rows, words.tolist(), strict=True):
                 ctypes.memmove(self._addresses[number], struct.pack("=8q", *row), ROW.size)
+        for on_gpu, numbers in list(self._on_gpus.values()):
+            for number, packed in zip(numbers, on_gpu.fetch(), strict=False):  # rows may be added meanwhile
+                ctypes.memmove(self._addresses[number], packed, ROW.size)
         measured = itertools.chain.from_iterable(ROW.iter_unpack(chunk) for chunk in self._chunks)
-        return [
+        found: list[Statistics | None] = [
             read_row(row, self._dtypes[number]) for number, row in zip(range(len(self._dtypes)), measured, strict=False)
         ]
+        for number in self._reserved:
+            found[number] = self._replayed(number)
+        return found
 
-    def _add_portably(self, tensor: torch.Tensor) -> int:
+    def _replayed(self, number: int) -> Statistics | None:
+        graph, slots = self._reserved[number]
+        arrival = self._arrivals.get(graph)
+        written = (arrival.slot(slot) for slot in slots) if arrival is not None else ()
+        for slot in written:
+            if slot is not None:
+                statistics = read_row(ROW.unpack(slot.row), self._dtypes[number])
+                return msgspec.structs.replace(statistics, replayed=Replayed(slot.shape, slot.fired))
+        return None
+
+    def _add_elsewhere(self, tensor: torch.Tensor) -> int:
+        """A tensor that the C code doesn't read."""
         refuse_unmeasurable(tensor)
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise Unmeasurable(CAPTURED)
         dtype = tensor.dtype
         if dtype.is_complex:
             return self.add(portable.absolute(tensor))
+        if tensor.is_cuda and dtype in native.CODES and has_triton() and tensor.numel():
+            return self._add_on_gpu(tensor)
         if dtype not in native.CODES:
             raise Unmeasurable(f"torch does not compute with {dtype}")
         real = portable.precision(tensor)
@@ -87,6 +144,20 @@ class Rows:
         self._elsewhere.setdefault((measured.device, real), []).append((number, measured))
         return number
 
+    def _add_on_gpu(self, tensor: torch.Tensor) -> int:
+        from .triton_rows import TritonRows
+
+        known = self._on_gpus.get(tensor.device)
+        if known is None:
+            known = self._on_gpus[tensor.device] = TritonRows(tensor.device), []
+        rows, numbers = known
+        number = next(self._numbers)
+        self._dtypes[number] = tensor.dtype
+        self._grow(number)
+        rows.add(tensor.detach().resolve_neg())
+        numbers.append(number)
+        return number
+
     def _grow(self, number: int) -> None:
         """Allocate up to row `number`. A new row is 64 bytes of zeros, which is the row of an empty tensor."""
         while number >= len(self._addresses):
@@ -94,3 +165,9 @@ class Rows:
             start = ctypes.addressof(chunk)
             self._chunks.append(chunk)
             self._addresses.extend(range(start, start + CHUNK * ROW.size, ROW.size))
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether there is a Triton to make kernels for GPUs; without it plain torch measures, many times slower."""
+    return importlib.util.find_spec("triton") is not None

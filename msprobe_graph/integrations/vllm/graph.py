@@ -22,11 +22,13 @@ import msgspec
 import torch
 from torch import fx, nn
 from torch._dynamo.aot_compile_types import SerializableCallable
+from torch.utils.hooks import RemovableHandle
 from vllm import envs
 from vllm.compilation.backends import VllmBackend
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.passes.inductor_pass import CallableInductorPass
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from msprobe_graph.debugger.session import Session
 from msprobe_graph.dump.boundary import Boundary
@@ -51,8 +53,8 @@ SPLIT = "msprobe_graph::tap"
 PIN, EXACT = "joint_custom_pre_pass", "_post_fusion_custom_pass"
 """Inductor's slots for our passes; the third one is vLLM's."""
 REPLAYED = (
-    "vLLM replays CUDA graphs, and taps do not fire in them yet: start it with --compilation-config "
-    '\'{"cudagraph_mode": "NONE"}\' to capture what it compiles'
+    "vLLM replays CUDA graphs, in which no %s: start it with --compilation-config "
+    '\'{"cudagraph_mode": "NONE"}\' to have that, too'
 )
 UNNAMED = (
     "vLLM took compiled code from its cache beside which there are no names, so nothing in it is captured; "
@@ -70,6 +72,9 @@ class GraphCapture:
         """Where the plan of the module that is being compiled is to be kept; None if vLLM does not save it."""
         self._key: str | None = None
         """Tells this vLLM's compiled code from another's; None until the model is loaded and can be traced anew."""
+        self._named: set[str] = set()
+        """The modules that were taken from vLLM's cache and have their names."""
+        self._rounds: RemovableHandle | None = None
         compilation = vllm_config.compilation_config
         compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
         if compilation.splitting_ops and not compilation.use_inductor_graph_partition:
@@ -82,14 +87,36 @@ class GraphCapture:
         self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
         for name, module in compiled_modules(model).items():
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
+        if self._replays_graphs():
+            self._session.replays.listening = True
+            self._rounds = model.register_forward_pre_hook(lambda *_: self._begin_round(model))
 
     def warm(self, model: nn.Module) -> None:
-        """All is compiled, or taken from vLLM's cache: that is given its names."""
-        if self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-            log.warning("%s", REPLAYED)
-            self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED))
+        """All is compiled, or taken from vLLM's cache, and captured in CUDA graphs if it is to be."""
+        self._name_cached(model)
+        replays = self._session.replays
+        replays.listening = False
+        if self._rounds is not None:
+            self._rounds.remove()
+        lacking = _lacking(self._session)
+        if self._replays_graphs() and lacking is not None:
+            log.warning(REPLAYED, lacking)
+            self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED % lacking))
+
+    def _replays_graphs(self) -> bool:
+        return bool(self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
+
+    def _begin_round(self, model: nn.Module) -> None:
+        """The model is about to run for vLLM's profiling, compiling or capturing."""
+        self._name_cached(model)
+        descriptor = get_forward_context().batch_descriptor if is_forward_context_available() else None
+        self._session.replays.begin_round(None if descriptor is None else int(descriptor.num_tokens))
+
+    def _name_cached(self, model: nn.Module) -> None:
+        """Give what vLLM has taken from its cache its names."""
         for name, module in compiled_modules(model).items():
-            if getattr(module, "was_aot_compile_fn_loaded_from_disk", False):
+            if name not in self._named and getattr(module, "was_aot_compile_fn_loaded_from_disk", False):
+                self._named.add(name)
                 self._name(module.aot_compiled_fn._artifacts.compiled_fn, self._plan_file(name))
 
     def _init_backend(self, init_backend: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -101,14 +128,13 @@ class GraphCapture:
         pieces = Pieces(backend) if isinstance(backend, VllmBackend) else None
         options = GraphOptions(inner=pieces or backend, inner_options=inner_options)
         session = self._session
-        running, boundary = session.context, session.boundary
         if self._key is None:
             return backend(module, inputs) if pieces else Unsaved(hand_on(module, inputs, Taps(), options).call)
-        call = lower(module, inputs, options, session.settings, session.operators, running, boundary, None)
+        call = lower(module, inputs, options, session.watch(session.context), None)
         if pieces is None:
             return Unsaved(call)
         if isinstance(call, Region) and self._compiling is not None:
-            boundary.attempt("the names of vLLM's cached code", _keep, call, self._compiling)
+            session.boundary.attempt("the names of vLLM's cached code", _keep, call, self._compiling)
         pieces.compiled.optimized_call = call
         return pieces.compiled
 
@@ -131,8 +157,12 @@ class GraphCapture:
             return
         plan = pickle.loads(plan_file.read_bytes())
         plan.fixed = fixed_in(plan.calls)
-        region = Region(plan, Compiled(compiled.optimized_call), self._session.context, GraphOptions(inner="vLLM"))
-        compiled.optimized_call = region
+        session = self._session
+        watch = session.watch(session.context)
+        rows = session.replays.rows_on(torch.device(self._config.device_config.device))
+        compiled.optimized_call = Region(
+            plan, Compiled(compiled.optimized_call), watch, GraphOptions(inner="vLLM"), rows
+        )
 
     def _plan_file(self, name: str) -> Path:
         parallel = self._config.parallel_config
@@ -198,6 +228,13 @@ class Unsaved(SerializableCallable):
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> Any:
         raise pickle.UnpicklingError("what msprobe_graph captures is compiled at each start")
+
+
+def _lacking(session: Session) -> str | None:
+    """What is wanted of values that a replayed graph can't give; None if nothing is."""
+    if not session.replays.follows:
+        return "slice or checksum is taken"
+    return "tensor is saved" if session.settings.task == "tensor" else None
 
 
 def _keep(region: Region, plan_file: Path) -> None:

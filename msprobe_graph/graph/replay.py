@@ -1,0 +1,168 @@
+"""Compiled code that a device replays as a CUDA graph: no Python of it runs, yet its taps measure.
+
+What a tap does while a graph is captured becomes part of the graph. So it is then that a *frame* is made: which values
+the taps of one call of a region measure, and into which slots. A step's entries are made from the frames when the step
+is over, and the device tells which of them were replayed in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msprobe_graph.dump.boundary import Boundary
+
+if TYPE_CHECKING:
+    from msprobe_graph.eager.context import Context
+    from msprobe_graph.taps.graph_rows import GraphRows, Slot
+
+    from .region import Region
+
+
+class Frame:
+    """One call of a region, as far as CUDA graphs have captured it."""
+
+    def __init__(self, rows: GraphRows) -> None:
+        self.rows = rows
+        self.slots: defaultdict[int, list[Slot]] = defaultdict(list)
+        """By value id. More than one where graphs of several sizes can't share it."""
+        self.dtypes: dict[int, torch.dtype] = {}
+        self.lasting: dict[int, torch.Tensor] = {}
+        """By position: the region's inputs that no replay changes. None of them unless the call itself was captured."""
+        self.whole = False
+        """The call itself was captured, not only what is inside: then a replay calls no region."""
+        self.inputs = 0
+        self.outputs = 0
+        """How many inputs and outputs the call had."""
+
+    def measure(self, values: Mapping[int, torch.Tensor], padded: int | None) -> None:
+        """Have the graph that is being captured measure values, by id. `padded`: see `GraphRows.measure`."""
+        chosen = {id: value for id, value in values.items() if self.rows.takes(value)}
+        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded)
+        for (id, value), slot in zip(chosen.items(), taken, strict=True):
+            self.dtypes[id] = value.dtype
+            if slot not in self.slots[id]:
+                self.slots[id].append(slot)
+
+
+class Frames:
+    """The frames of one region, by the number of its call: within a round, a step or, where nobody tells rounds, in
+    all. A step's calls that were captured in part only find theirs by their number."""
+
+    def __init__(self, replays: Replays, rows: GraphRows | None) -> None:
+        self.rows = rows
+        self.of_calls: list[Frame] = []
+        self._replays = replays
+        self._round: int | None = None
+        self._step: int | None = None
+        self._in_round = 0
+        self.in_step = 0
+        """How many calls the running step has had."""
+
+    @property
+    def followed(self) -> bool:
+        return self.rows is not None
+
+    def of_round(self) -> Frame:
+        """Of the call that begins now, while graphs are captured."""
+        round = self._replays.round
+        if round is None:
+            return self._frame(len(self.of_calls))
+        if round != self._round:
+            self._round, self._in_round = round, 0
+        self._in_round += 1
+        return self._frame(self._in_round - 1)
+
+    def of_step(self, step: int) -> Frame | None:
+        """Of the call that begins now, in a step."""
+        if self.rows is None:
+            return None
+        if step != self._step:
+            self._step, self.in_step = step, 0
+        self.in_step += 1
+        return self._frame(self.in_step - 1)
+
+    def not_called(self, step: int) -> list[Frame]:
+        """The frames of calls that a step has not made, but that may have been replayed as a whole."""
+        called = self.in_step if step == self._step else 0
+        return [frame for frame in self.of_calls[called:] if frame.whole]
+
+    def _frame(self, number: int) -> Frame:
+        assert self.rows is not None
+        while number >= len(self.of_calls):
+            self.of_calls.append(Frame(self.rows))
+        return self.of_calls[number]
+
+
+class Replays:
+    """What one capture knows of CUDA graphs."""
+
+    def __init__(self, boundary: Boundary, follows: bool = True) -> None:
+        """`follows`: False where what is wanted of values is more than a graph can measure (slices, checksums)."""
+        self.boundary = boundary
+        self.follows = follows
+        self.regions: list[Region] = []
+        """Those that may be captured."""
+        self.listening = False
+        """Whether graphs may be captured inside of what is called now, though nobody records it."""
+        self._padded: int | None = None
+        self._round = 0
+        self._rows: dict[torch.device, GraphRows | None] = {}
+
+    def rows(self, inputs: Sequence[Any]) -> GraphRows | None:
+        """Where graphs of a region with these inputs have their rows; None where they can't be followed."""
+        devices = (each.device for each in inputs if isinstance(each, torch.Tensor) and each.device.type == "cuda")
+        device = next(devices, None)
+        return None if device is None else self.rows_on(device)
+
+    def rows_on(self, device: torch.device) -> GraphRows | None:
+        """The same for a device."""
+        if device.type != "cuda" or not self.follows or importlib.util.find_spec("triton") is None:
+            return None
+        if device.index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        if device not in self._rows:
+            self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device)
+        return self._rows[device]
+
+    def begin_round(self, padded: int | None) -> None:
+        """The model is called anew to be captured, with a batch of `padded` rows; calls of regions count from 0, so
+        that all rounds share their frames."""
+        self._round += 1
+        self._padded = padded
+
+    @property
+    def padded(self) -> int | None:
+        """Rows of the batch, padding included, that a graph is being captured for, if anyone has said."""
+        return self._padded if self.listening else None
+
+    @property
+    def round(self) -> int | None:
+        return self._round if self.listening else None
+
+    def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
+        """See `GraphRows.switch`."""
+        for rows in self._rows.values():
+            if rows is not None:
+                rows.switch(on, begin, end)
+
+    def record(self, context: Context) -> None:
+        """The step is over: record what may have been replayed in it."""
+        for region in self.regions:
+            for frame in region.frames.not_called(context.step):
+                self.boundary.attempt("CUDA graphs", region.replayed, context, frame)
+
+
+def capturing() -> bool:
+    """Whether what runs now in the current stream only becomes part of a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _graph_rows(device: torch.device) -> GraphRows:
+    from msprobe_graph.taps.graph_rows import GraphRows
+
+    return GraphRows(device)

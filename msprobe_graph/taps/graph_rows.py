@@ -1,0 +1,195 @@
+"""Rows that a CUDA graph writes each time it is replayed. No Python runs then: all is laid out when it is captured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import triton_kernels as kernels
+from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
+
+ROWS = 1 << 20
+"""Of 64 bytes, for the parts of all values."""
+VALUES = 1 << 17
+"""Of 128 bytes, for a description of each value of each graph."""
+FINISHING_WARPS = 2
+
+
+class Slot(NamedTuple):
+    """Where the rows of one value lie. Graphs that were captured for several sizes of a batch share it: one of them is
+    replayed at a time."""
+
+    number: int
+    header: int
+    room: int
+    """For so many parts."""
+
+
+class Shape(NamedTuple):
+    """What a value was when a graph was captured."""
+
+    shape: tuple[int, ...]
+    batch: bool
+    """Its first dimension is the batch's, padding included."""
+
+
+class Replayed(NamedTuple):
+    """What a slot holds when a step is over."""
+
+    row: bytes
+    """As `statistics.ROW` has it."""
+    fired: int
+    """How often the value was measured in the step; the row is that of the last time."""
+    shape: tuple[int, ...]
+
+
+class Arrival:
+    """The slots of one step on their way to the host."""
+
+    def __init__(self, host: torch.Tensor, event: torch.Event, shapes: Sequence[Shape], rows: tuple[int, int]) -> None:
+        self._host = host
+        self._event = event
+        self._shapes = shapes
+        self._begin, self._end = rows
+        self._words: list[list[int]] | None = None
+
+    def slot(self, slot: Slot) -> Replayed | None:
+        """None if nothing was measured into it. Waits for the GPU."""
+        if self._words is None:
+            self._event.synchronize()
+            self._words = self._host.tolist()
+        *row, fired, tag = self._words[slot.number]
+        if not fired:
+            return None
+        shape, batch = self._shapes[tag]
+        if batch and self._end >= 0:
+            shape = (max(min(shape[0], self._end) - self._begin, 0), *shape[1:])
+        return Replayed(b"".join(word.to_bytes(8, "little", signed=True) for word in row), fired, shape)
+
+
+class GraphRows:
+    """The rows of one GPU's CUDA graphs. To be made before the first of them is captured: its memory is no graph's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._slots: list[Slot] = []
+        self._shapes: list[Shape] = []
+        self._used_rows = 0
+        self._used_values = 0
+        self._state = (0, 0, -1)
+        """As `switch` was told."""
+        self._prepared: set[tuple[Kind, int, bool]] = set()
+        with torch.cuda.device(device):
+            self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
+            self._table = torch.zeros((VALUES, kernels.FIELDS), dtype=torch.int64, device=device)
+            self._headers = torch.zeros(VALUES, dtype=torch.int64, device=device)
+            """Of each slot, by number: its header's row."""
+            self._control = torch.zeros(3, dtype=torch.int64, device=device)
+            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            """What is not to become part of a graph runs here, while one is captured. Nothing is measured before it is
+            over: `switch` waits for it, and to capture within a step takes longer."""
+            for dtype, kind in KINDS.items():
+                if kind.bytes:
+                    meaning(dtype, device)
+            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:])
+            kernels.put[(1,)](self._headers, 0, 0)
+            torch.cuda.synchronize(device)
+
+    def takes(self, value: object) -> bool:
+        """Whether a graph can measure this."""
+        return (
+            isinstance(value, torch.Tensor)
+            and value.device == self.device
+            and value.dtype in KINDS
+            and value.layout is torch.strided
+            and value.numel() > 0
+            and not value.is_neg()
+            and layout(value) is not None
+        )
+
+    def prepare(self, values: Iterable[torch.Tensor]) -> None:
+        """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
+        for tensor in values:
+            kind, lies = KINDS.get(tensor.dtype), layout(tensor)
+            if kind is not None and lies is not None:
+                group = kind, lies.strided, tensor.data_ptr() % 16 == 0 and tensor.shape[-1:].numel() % 16 == 0
+                if group not in self._prepared and not self._state[0]:
+                    self._prepared.add(group)
+                    self._launch(tensor.dtype, group, 0, 1, 1)  # which does nothing: nothing is switched on
+
+    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
+        """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
+        it or, where they have no room, a new one.
+
+        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
+        """
+        groups: dict[tuple[torch.dtype, tuple[Kind, int, bool]], list[tuple[int, ...]]] = defaultdict(list)
+        taken: list[Slot] = []
+        for slots, tensor in values:
+            lies = layout(tensor)
+            assert lies is not None
+            kind, count, address = KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()
+            number_of_parts, each = parts(count, kind.block)
+            slot = next((slot for slot in slots if slot.room >= number_of_parts), None) or self._slot(number_of_parts)
+            taken.append(slot)
+            batch = padded is not None and tensor.dim() > 0 and tensor.shape[0] == padded
+            inner = count // tensor.shape[0] if batch else 0
+            tag = len(self._shapes)
+            self._shapes.append(Shape(tuple(tensor.shape), batch))
+            entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:])
+            groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
+        for (dtype, group), entries in groups.items():
+            first, self._used_values = self._used_values, self._used_values + len(entries)
+            if self._used_values > VALUES:
+                raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
+            with torch.cuda.stream(self._aside):
+                for at, entry in enumerate(entries, first):
+                    kernels.describe[(1,)](self._table, at, *entry)
+            self._launch(dtype, group, first, len(entries), max(entry[4] for entry in entries))
+        return taken
+
+    def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
+        """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
+        to but without `end` (-1: all)."""
+        state = (int(on), begin, end)
+        if state != self._state:
+            self._state = state
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+            kernels.set_control[(1,)](self._control, *state)
+
+    def arrive(self) -> Arrival | None:
+        """Have the slots brought to the host as they are at this point of the current stream; they count anew from
+        here. None where there are none."""
+        count = len(self._slots)
+        if not count:
+            return None
+        torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
+        kernels.finish[(count,)](self._rows, self._headers, out, RESET=True, num_warps=FINISHING_WARPS)
+        host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        host.copy_(out, non_blocking=True)
+        event = torch.Event(self.device)
+        event.record()
+        return Arrival(host, event, self._shapes, self._state[1:])
+
+    def _slot(self, room: int) -> Slot:
+        header, self._used_rows = self._used_rows, self._used_rows + room + 1
+        if self._used_rows > ROWS:
+            raise MemoryError(f"the parts of values in CUDA graphs take more than {ROWS} rows")
+        slot = Slot(len(self._slots), header, room)
+        self._slots.append(slot)
+        with torch.cuda.stream(self._aside):
+            kernels.put[(1,)](self._headers, slot.number, header)
+        return slot
+
+    def _launch(
+        self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
+    ) -> None:
+        kind, strided, aligned = group
+        kernels.measure_listed[(most_parts, count)](
+            self._table[first:], meaning(dtype, self.device) if kind.bytes else None, self._rows, self._control,
+            ELEMENT=kind.element, STRIDED=strided, ALIGNED=aligned, **kind.constants, num_warps=WARPS,
+        )  # fmt: skip

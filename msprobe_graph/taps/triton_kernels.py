@@ -1,0 +1,359 @@
+"""A tensor's row on a GPU, by Triton kernels: each value is read once, and the same values give the same bits.
+
+A value is cut into parts. A program reads one part and writes its row (`statistics.ROW`) behind a *header*; `finish`
+makes one row of a header's parts. The header counts how often the value was measured since the last `finish`, which is
+how a replayed CUDA graph tells which of its taps ran::
+
+    header      fired, tag, parts, kind, -, -, -, -
+    part 0      max, min, mean, norm, NaN, +Inf, -Inf, finite        of elements 0 to n-1
+    part 1      ...                                                  of elements n to 2n-1
+
+All of it is int64; float64 fields are there as their bits. Sums are kept in float32 for each lane of a program, which
+adds a few dozen elements, and in float64 from there on. What can't be summed like that (a NaN, an infinity, squares
+that leave the range of float32) is read a second time, in float64 throughout.
+"""
+
+import triton
+import triton.language as tl
+
+PARTS = tl.constexpr(64)
+"""Parts that `finish` reads at once."""
+FIELDS = 16
+"""int64s that describe one value in the table that `measure_listed` reads: see `describe`."""
+WORDS = 10
+"""int64s that `finish` writes for one value: its row, fired, tag."""
+
+INFINITY = tl.constexpr(float("inf"))
+LEAST = tl.constexpr(-(2**63))
+GREATEST = tl.constexpr(2**63 - 1)
+# Kinds, as a header names them.
+FLOAT, INTEGER, UINT64 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How elements lie: one behind the other, or with strides, and then whether their numbers fit into an int32.
+DENSE, NARROW, WIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _read(pointer, meaning, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.constexpr, BYTES: tl.constexpr):
+    """Elements by their numbers in row-major order; anything where not `inside` (None: all are). Of a float of one byte
+    `meaning` has the 256 values."""
+    if STRIDED:
+        if STRIDED == NARROW:
+            at = at.to(tl.int32)
+        rest = at // s3.to(at.dtype)
+        i3 = at - rest * s3.to(at.dtype)
+        at = rest
+        rest = at // s2.to(at.dtype)
+        i2 = at - rest * s2.to(at.dtype)
+        i0 = rest // s1.to(at.dtype)
+        i1 = rest - i0 * s1.to(at.dtype)
+        at = i0.to(tl.int64) * t0 + i1.to(tl.int64) * t1 + i2.to(tl.int64) * t2 + i3.to(tl.int64) * t3
+    found = tl.load(pointer + at, mask=inside)
+    if BYTES:
+        found = tl.load(meaning + found.to(tl.int32), mask=inside)
+    return found
+
+
+@triton.jit
+def _floats(
+    pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3,
+    SUM: tl.constexpr, TINY: tl.constexpr, STRIDED: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    highs = tl.full([BLOCK], -INFINITY, SUM)
+    lows = tl.full([BLOCK], INFINITY, SUM)
+    sums = tl.zeros([BLOCK], SUM)
+    squares = tl.zeros([BLOCK], SUM)
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, whole, BLOCK):
+        x = _read(pointer, meaning, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
+        highs = tl.maximum(highs, x)
+        lows = tl.minimum(lows, x)
+        sums += x
+        squares += x * x
+    if whole < end:
+        inside = whole + lanes < end
+        x = _read(pointer, meaning, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
+        highs = tl.maximum(highs, tl.where(inside, x, -INFINITY))
+        lows = tl.minimum(lows, tl.where(inside, x, INFINITY))
+        x = tl.where(inside, x, 0.0)
+        sums += x
+        squares += x * x
+    high = tl.max(highs).to(tl.float64)
+    low = tl.min(lows).to(tl.float64)
+    count = (end - begin).to(tl.int64)
+    mean = tl.sum(sums.to(tl.float64)) / tl.maximum(count, 1).to(tl.float64)
+    square = tl.sum(squares.to(tl.float64))
+    norm = tl.sqrt(square)
+    nans = tl.zeros([], tl.int64)
+    positive = tl.zeros([], tl.int64)
+    negative = tl.zeros([], tl.int64)
+    largest = tl.maximum(tl.abs(high), tl.abs(low))
+    plain = (square < INFINITY) & ((largest > TINY) | (largest == 0))
+    if (count > 0) & (plain == 0):
+        finite_highs = tl.full([BLOCK], -INFINITY, tl.float64)
+        finite_lows = tl.full([BLOCK], INFINITY, tl.float64)
+        nan_counts = tl.zeros([BLOCK], tl.int64)
+        positive_counts = tl.zeros([BLOCK], tl.int64)
+        negative_counts = tl.zeros([BLOCK], tl.int64)
+        for start in range(begin, end, BLOCK):
+            inside = start + lanes < end
+            x = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
+            x = x.to(tl.float64)
+            finite = inside & (tl.abs(x) < INFINITY)
+            finite_highs = tl.maximum(finite_highs, tl.where(finite, x, -INFINITY))
+            finite_lows = tl.minimum(finite_lows, tl.where(finite, x, INFINITY))
+            nan_counts += (inside & (x != x)).to(tl.int64)
+            positive_counts += (inside & (x == INFINITY)).to(tl.int64)
+            negative_counts += (inside & (x == -INFINITY)).to(tl.int64)
+        high = tl.max(finite_highs)
+        low = tl.min(finite_lows)
+        nans = tl.sum(nan_counts)
+        positive = tl.sum(positive_counts)
+        negative = tl.sum(negative_counts)
+        count = count - nans - positive - negative
+        largest = tl.maximum(tl.abs(high), tl.abs(low))
+        scale = tl.where((count > 0) & (largest > 0), largest, 1.0)
+        wide_sums = tl.zeros([BLOCK], tl.float64)
+        wide_squares = tl.zeros([BLOCK], tl.float64)
+        for start in range(begin, end, BLOCK):
+            inside = start + lanes < end
+            x = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
+            x = x.to(tl.float64)
+            x = tl.where(inside & (tl.abs(x) < INFINITY), x / scale, 0.0)
+            wide_sums += x
+            wide_squares += x * x
+        mean = tl.sum(wide_sums) / tl.maximum(count, 1).to(tl.float64) * scale
+        norm = tl.sqrt(tl.sum(wide_squares)) * scale
+    tl.store(row, high.to(tl.int64, bitcast=True))
+    tl.store(row + 1, low.to(tl.int64, bitcast=True))
+    tl.store(row + 2, mean.to(tl.int64, bitcast=True))
+    tl.store(row + 3, norm.to(tl.int64, bitcast=True))
+    tl.store(row + 4, nans)
+    tl.store(row + 5, positive)
+    tl.store(row + 6, negative)
+    tl.store(row + 7, count)
+
+
+@triton.jit
+def _integers(
+    pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3,
+    KIND: tl.constexpr, STRIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    highs = tl.full([BLOCK], LEAST, tl.int64)
+    lows = tl.full([BLOCK], GREATEST, tl.int64)
+    sums = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        inside = start + lanes < end
+        found = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+        exact = found.to(tl.int64)
+        if KIND == UINT64:  # with the highest bit flipped their order is that of an int64
+            exact = exact ^ LEAST
+        highs = tl.maximum(highs, tl.where(inside, exact, LEAST))
+        lows = tl.minimum(lows, tl.where(inside, exact, GREATEST))
+        x = tl.where(inside, found.to(tl.float64), 0.0)
+        sums += x
+        squares += x * x
+    high = tl.max(highs)
+    low = tl.min(lows)
+    if KIND == UINT64:
+        high = high ^ LEAST
+        low = low ^ LEAST
+    count = (end - begin).to(tl.int64)
+    mean = tl.sum(sums) / tl.maximum(count, 1).to(tl.float64)
+    norm = tl.sqrt(tl.sum(squares))
+    tl.store(row, tl.zeros([], tl.int64))
+    tl.store(row + 1, tl.zeros([], tl.int64))
+    tl.store(row + 2, mean.to(tl.int64, bitcast=True))
+    tl.store(row + 3, norm.to(tl.int64, bitcast=True))
+    tl.store(row + 4, high)
+    tl.store(row + 5, low)
+    tl.store(row + 6, tl.zeros([], tl.int64))
+    tl.store(row + 7, count)
+
+
+@triton.jit
+def _part(
+    pointer, meaning, first, last, each, parts, header, tag, s1, s2, s3, t0, t1, t2, t3,
+    KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
+    BYTES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0).to(tl.int64)
+    if part < parts:
+        begin = tl.minimum(first + part * each, last)
+        end = tl.minimum(begin + each, last)
+        if ALIGNED:  # or nothing is read
+            begin = tl.multiple_of(begin, 16)
+        row = header + (part + 1) * 8
+        if KIND == FLOAT:
+            _floats(
+                pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, SUM, TINY, STRIDED, BYTES, BLOCK
+            )  # fmt: skip
+        else:
+            _integers(pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, KIND, STRIDED, BLOCK)
+        if part == 0:
+            tl.store(header, tl.load(header) + 1)
+            tl.store(header + 1, tag)
+            tl.store(header + 2, parts)
+            tl.store(header + 3, KIND)
+
+
+_SCALARS = ["count", "each", "parts", "header", "tag", "s1", "s2", "s3", "t0", "t1", "t2", "t3"]
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def measure_one(
+    tensor, meaning, rows, count: tl.int64, each: tl.int64, parts: tl.int64, header: tl.int64, tag: tl.int64,
+    s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64,
+    KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
+    BYTES: tl.constexpr,
+):  # fmt: skip
+    """Measure `count` elements of `tensor`, `each` (a multiple of BLOCK) to a program, into the header and parts that
+    begin at row `header`. Grid: (parts,)."""
+    _part(
+        tensor, meaning, 0, count, each, parts, rows + header * 8, tag, s1, s2, s3, t0, t1, t2, t3,
+        KIND, SUM, TINY, BLOCK, STRIDED, BYTES, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def measure_listed(
+    table, meaning, rows, control,
+    ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Measure the values that `table` describes, all of one dtype. Grid: (the most parts of any, values).
+
+    `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin at multiples of 16 bytes and of 16
+    elements.
+    """
+    if tl.load(control) != 0:
+        entry = table + tl.program_id(1) * 16
+        pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        first = tl.zeros([], tl.int64)
+        last = tl.load(entry + 1)
+        inner = tl.load(entry + 2)
+        end = tl.load(control + 2)
+        if (inner > 0) & (end >= 0):
+            first = tl.minimum(tl.load(control + 1) * inner, last)
+            last = tl.minimum(end * inner, last)
+        _part(
+            pointer, meaning, first, last, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
+            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
+            tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
+            KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["index", "address", "inner", *_SCALARS])
+def describe(
+    table, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64, parts: tl.int64,
+    header: tl.int64, tag: tl.int64,
+    s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64,
+):  # fmt: skip
+    """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), the rest as in
+    `measure_one`. A kernel, because nothing can be copied from the host while a CUDA graph is captured. Grid: (1,)."""
+    entry = table + index * 16
+    tl.store(entry, address)
+    tl.store(entry + 1, count)
+    tl.store(entry + 2, inner)
+    tl.store(entry + 3, each)
+    tl.store(entry + 4, parts)
+    tl.store(entry + 5, header)
+    tl.store(entry + 6, tag)
+    tl.store(entry + 7, s1)
+    tl.store(entry + 8, s2)
+    tl.store(entry + 9, s3)
+    tl.store(entry + 10, t0)
+    tl.store(entry + 11, t1)
+    tl.store(entry + 12, t2)
+    tl.store(entry + 13, t3)
+
+
+@triton.jit(do_not_specialize=["index", "value"])
+def put(words, index: tl.int64, value: tl.int64):
+    """words[index] = value, for what `describe` says. Grid: (1,)."""
+    tl.store(words + index, value)
+
+
+@triton.jit(do_not_specialize=["on", "begin", "end"])
+def set_control(control, on: tl.int64, begin: tl.int64, end: tl.int64):
+    """Whether listed values are measured at all, and which rows of a batch: from `begin` up to but without `end`; all
+    if `end` is -1. Grid: (1,)."""
+    tl.store(control, on)
+    tl.store(control + 1, begin)
+    tl.store(control + 2, end)
+
+
+@triton.jit
+def finish(rows, headers, out, RESET: tl.constexpr):
+    """Make one row of each value's parts: out[i] is the row of the value whose header is row headers[i], how often it
+    was measured, and the tag of the last time. Grid: (values,). RESET: count anew from here."""
+    header = rows + tl.load(headers + tl.program_id(0)) * 8
+    out = out + tl.program_id(0).to(tl.int64) * 10
+    fired = tl.load(header)
+    tl.store(out + 8, fired)
+    tl.store(out + 9, tl.load(header + 1))
+    if fired > 0:
+        parts = tl.load(header + 2)
+        kind = tl.load(header + 3)
+        flip = tl.where(kind == UINT64, LEAST, 0)
+        lanes = tl.arange(0, PARTS)
+        highs = tl.full([PARTS], -INFINITY, tl.float64)
+        lows = tl.full([PARTS], INFINITY, tl.float64)
+        norms = tl.zeros([PARTS], tl.float64)
+        exact_highs = tl.full([PARTS], LEAST, tl.int64)
+        exact_lows = tl.full([PARTS], GREATEST, tl.int64)
+        nan_counts = tl.zeros([PARTS], tl.int64)
+        positive_counts = tl.zeros([PARTS], tl.int64)
+        negative_counts = tl.zeros([PARTS], tl.int64)
+        counts = tl.zeros([PARTS], tl.int64)
+        for start in range(0, parts, PARTS):
+            inside = start + lanes < parts
+            row = header + (start + lanes + 1) * 8
+            count = tl.load(row + 7, mask=inside, other=0)
+            some = count > 0
+            high = tl.load(row, mask=some, other=0).to(tl.float64, bitcast=True)
+            low = tl.load(row + 1, mask=some, other=0).to(tl.float64, bitcast=True)
+            highs = tl.maximum(highs, tl.where(some, high, -INFINITY))
+            lows = tl.minimum(lows, tl.where(some, low, INFINITY))
+            norms = tl.maximum(norms, tl.load(row + 3, mask=some, other=0).to(tl.float64, bitcast=True))
+            nan = tl.load(row + 4, mask=inside, other=0)
+            positive = tl.load(row + 5, mask=inside, other=0)
+            exact_highs = tl.maximum(exact_highs, tl.where(some, nan ^ flip, LEAST))
+            exact_lows = tl.minimum(exact_lows, tl.where(some, positive ^ flip, GREATEST))
+            nan_counts += nan
+            positive_counts += positive
+            negative_counts += tl.load(row + 6, mask=inside, other=0)
+            counts += count
+        count = tl.sum(counts)
+        total = tl.maximum(count, 1).to(tl.float64)
+        largest = tl.max(norms)
+        scale = tl.where((largest > 0) & (largest < INFINITY), largest, 1.0)
+        means = tl.zeros([PARTS], tl.float64)
+        squares = tl.zeros([PARTS], tl.float64)
+        for start in range(0, parts, PARTS):
+            inside = start + lanes < parts
+            row = header + (start + lanes + 1) * 8
+            count_here = tl.load(row + 7, mask=inside, other=0)
+            some = count_here > 0
+            means += tl.load(row + 2, mask=some, other=0).to(tl.float64, bitcast=True) * (count_here / total)
+            norm = tl.load(row + 3, mask=some, other=0).to(tl.float64, bitcast=True) / scale
+            squares += norm * norm
+        tl.store(out, tl.max(highs).to(tl.int64, bitcast=True))
+        tl.store(out + 1, tl.min(lows).to(tl.int64, bitcast=True))
+        tl.store(out + 2, tl.sum(means).to(tl.int64, bitcast=True))
+        tl.store(out + 3, (tl.sqrt(tl.sum(squares)) * scale).to(tl.int64, bitcast=True))
+        if kind == FLOAT:
+            tl.store(out + 4, tl.sum(nan_counts))
+            tl.store(out + 5, tl.sum(positive_counts))
+        else:
+            tl.store(out + 4, tl.max(exact_highs) ^ flip)
+            tl.store(out + 5, tl.min(exact_lows) ^ flip)
+        tl.store(out + 6, tl.sum(negative_counts))
+        tl.store(out + 7, count)
+        if RESET:
+            tl.store(header, 0)

@@ -1,0 +1,189 @@
+"""Rows on a GPU: where the kernels put what they measure, and how it comes to the host."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from . import triton_kernels as kernels
+from .native import BYTE_DTYPES
+
+MOST_PARTS = 264
+"""Of one value: two programs for each multiprocessor of an H200, which read as fast as its memory gives."""
+CHUNK = 1 << 17
+"""Rows that are allocated at once: 8 MiB."""
+WARPS = 8
+
+
+class Kind(NamedTuple):
+    """How a dtype is read."""
+
+    element: Any
+    """What is in memory, in Triton's terms."""
+    view: torch.dtype | None
+    """The dtype under which Triton takes it, None for its own."""
+    kind: int
+    sums: Any
+    block: int
+    """Elements that a program reads at once."""
+    tiny: float
+    """Where the largest magnitude is below this, squares may leave the range of `sums`."""
+    bytes: bool
+    """Its values are looked up, by their bytes."""
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        return {"KIND": self.kind, "SUM": self.sums, "TINY": self.tiny, "BLOCK": self.block, "BYTES": self.bytes}
+
+
+def _float(element: Any, block: int, view: torch.dtype | None = None, bytes: bool = False) -> Kind:
+    return Kind(element, view, kernels.FLOAT.value, tl.float32, block, 2.0**-60, bytes)
+
+
+def _integer(element: Any, view: torch.dtype | None = None) -> Kind:
+    return Kind(element, view, kernels.INTEGER.value, tl.float64, 2048, 0.0, False)
+
+
+KINDS = {
+    torch.float64: Kind(tl.float64, None, kernels.FLOAT.value, tl.float64, 2048, 2.0**-500, False),
+    torch.float32: _float(tl.float32, 2048),
+    torch.float16: _float(tl.float16, 2048),
+    torch.bfloat16: _float(tl.bfloat16, 2048),
+    torch.int64: _integer(tl.int64),
+    torch.int32: _integer(tl.int32),
+    torch.int16: _integer(tl.int16),
+    torch.uint64: Kind(tl.uint64, None, kernels.UINT64.value, tl.float64, 2048, 0.0, False),
+    torch.uint32: _integer(tl.uint32),
+    torch.uint16: _integer(tl.uint16),
+    torch.int8: _integer(tl.int8),
+    torch.uint8: _integer(tl.uint8),
+    torch.bool: _integer(tl.uint8, torch.uint8),
+    **{dtype: _float(tl.uint8, 2048, torch.uint8, True) for dtype in BYTE_DTYPES if dtype.is_floating_point},
+}
+
+
+class Layout(NamedTuple):
+    """How the elements of a tensor lie in memory."""
+
+    strided: int
+    s1: int = 1
+    s2: int = 1
+    s3: int = 1
+    t0: int = 0
+    t1: int = 0
+    t2: int = 0
+    t3: int = 0
+
+
+DENSE = Layout(kernels.DENSE.value)
+
+
+def layout(tensor: torch.Tensor) -> Layout | None:
+    """None if the tensor has more than four dimensions that can't be taken together."""
+    if tensor.is_contiguous():
+        return DENSE
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == stride * size:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 4:
+        return None
+    missing = 4 - len(sizes)
+    sizes, strides = [1] * missing + sizes, [0] * missing + strides
+    narrow = tensor.numel() < 2**31 - 2**16  # a block reaches past the end
+    return Layout(kernels.NARROW.value if narrow else kernels.WIDE.value, *sizes[1:], *strides)
+
+
+def parts(count: int, block: int) -> tuple[int, int]:
+    """Into how many parts `count` elements are cut, and how many elements each has: a multiple of `block`."""
+    each = block * max(1, -(-count // (block * MOST_PARTS)))
+    return max(1, -(-count // each)), each
+
+
+@functools.cache
+def meaning(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What the 256 bytes of a one-byte float mean, as float32."""
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.float32)
+    return values.to(device)
+
+
+class TritonRows:
+    """The rows of one step on one GPU. Nothing here waits for it but `fetch`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._chunks: list[torch.Tensor] = []
+        self._used = CHUNK
+        """Rows of the last chunk that are taken."""
+        self._headers: list[tuple[int, int]] = []
+        """Of each value: its chunk, and its header's row there."""
+        self._sealed: tuple[torch.Tensor, torch.Event, int] | None = None
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Measure a tensor of this device, of a dtype in KINDS and with at least one element; its number."""
+        kind = KINDS[tensor.dtype]
+        table = meaning(tensor.dtype, self.device) if kind.bytes else None
+        if kind.view is not None:
+            tensor = tensor.view(kind.view)
+        lies = layout(tensor)
+        if lies is None:
+            tensor, lies = tensor.contiguous(), DENSE
+        count = tensor.numel()
+        number_of_parts, each = parts(count, kind.block)
+        chunk, header = self._take(number_of_parts + 1)
+        kernels.measure_one[(number_of_parts,)](
+            tensor, table, chunk, count, each, number_of_parts, header, 0, *lies[1:],
+            STRIDED=lies.strided, **kind.constants, num_warps=WARPS,
+        )  # fmt: skip
+        self._headers.append((len(self._chunks) - 1, header))
+        return len(self._headers) - 1
+
+    def seal(self) -> None:
+        """Have what was measured so far brought to the host, behind the work that measures it."""
+        count = len(self._headers)
+        if not count or (self._sealed is not None and self._sealed[2] == count):
+            return
+        out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
+        headers = torch.tensor([header for _, header in self._headers], dtype=torch.int64, pin_memory=True)
+        headers = headers.to(self.device, non_blocking=True)
+        begin = 0
+        for at, chunk in enumerate(self._chunks):
+            end = begin
+            while end < count and self._headers[end][0] == at:
+                end += 1
+            if end > begin:
+                kernels.finish[(end - begin,)](chunk, headers[begin:end], out[begin:end], RESET=False, num_warps=2)
+            begin = end
+        host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        host.copy_(out, non_blocking=True)
+        event = torch.Event(self.device)
+        event.record()
+        self._sealed = host, event, count
+
+    def fetch(self) -> list[bytes]:
+        """The rows of all values, by number, as `statistics.ROW` has them. Waits for the GPU."""
+        self.seal()
+        if self._sealed is None:
+            return []
+        host, event, _ = self._sealed
+        event.synchronize()
+        return [struct.pack("=8q", *row[:8]) for row in host.tolist()]
+
+    def _take(self, rows: int) -> tuple[torch.Tensor, int]:
+        if self._used + rows > CHUNK:
+            self._chunks.append(torch.zeros((max(CHUNK, rows), 8), dtype=torch.int64, device=self.device))
+            self._used = 0
+        header, self._used = self._used, self._used + rows
+        return self._chunks[-1], header

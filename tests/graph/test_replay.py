@@ -1,0 +1,167 @@
+"""Compiled code that is replayed as a CUDA graph: the dump of a replay is that of the same call without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from msprobe_graph import PrecisionDebugger, msprobe_backend
+from msprobe_graph.dump.reader import StepDump, read, steps
+from msprobe_graph.dump.writer import OVERRUN
+
+from ..capturing import holes, modules
+
+pytestmark = pytest.mark.gpu
+
+FIELDS = ("dtype", "shape", "Max", "Min", "Mean", "Norm", "nan_count", "reason")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).cuda().eval()
+
+
+def inputs(count: int) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(4, 64, device="cuda") for _ in range(count)]
+
+
+def dumped(folder: Path, calls: Callable[[PrecisionDebugger], Any], **settings: Any) -> list[StepDump]:
+    debugger = PrecisionDebugger({"dump_path": str(folder), "risk_level": "ALL", "level": "L0", **settings})
+    with torch.no_grad():
+        calls(debugger)
+    debugger.flush()
+    return [read(step) for step in steps(folder)]
+
+
+def plain(folder: Path, batches: list[torch.Tensor], **settings: Any) -> list[StepDump]:
+    """A step for each batch, compiled, without CUDA graphs."""
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(model(), backend=msprobe_backend)
+        for batch in batches:
+            with debugger.start(compiled):
+                compiled(batch)
+
+    return dumped(folder, calls, **settings)
+
+
+def captured(debugger: PrecisionDebugger) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    """A graph of the compiled model, its input and its output. The debugger has had one step."""
+    compiled = torch.compile(model(), backend=msprobe_backend)
+    x = torch.zeros(4, 64, device="cuda")
+    with debugger.start(compiled):
+        compiled(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = compiled(x)
+    return graph, x, y
+
+
+def differences(one: StepDump, other: StepDump) -> list[Any]:
+    """How the entries of two dumps differ; parents of replayed entries aside."""
+    if modules(one) != modules(other):
+        return [modules(one), modules(other)]
+    found = []
+    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+        values = [[pytest.approx(r.get(f), rel=1e-6, abs=1e-7) if isinstance(r.get(f), float) else r.get(f)
+                   for f in FIELDS] for r in (a.record,)]  # fmt: skip
+        if (a.entry, a.position) != (b.entry, b.position) or values[0] != [b.record.get(f) for f in FIELDS]:
+            found.append((a.entry, a.position, a.record, b.record))
+    return found
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) -> None:
+    batches, results = inputs(3), []
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        graph, x, y = captured(debugger)
+        for batch in batches:
+            x.copy_(batch)
+            with debugger.start():
+                graph.replay()
+            results.append(y.clone())
+
+    _, *replayed = dumped(tmp_path / "graph", calls, level=level)
+    expected = plain(tmp_path / "plain", batches, level=level)
+    assert len(replayed) == len(expected) == 3
+    for there, here in zip(expected, replayed, strict=True):
+        assert differences(there, here) == []
+    reference = torch.compile(model())
+    with torch.no_grad():
+        assert all(torch.equal(reference(batch), result) for batch, result in zip(batches, results, strict=True))
+
+
+def test_what_is_replayed_while_nothing_captures_is_in_no_step(tmp_path: Path) -> None:
+    batches = inputs(3)
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        graph, x, _ = captured(debugger)
+        graph.replay()
+        x.copy_(batches[0])
+        with debugger.start():
+            graph.replay()
+        graph.replay()
+
+    _, step = dumped(tmp_path / "graph", calls)
+    (expected,) = plain(tmp_path / "plain", batches[:1])
+    assert differences(expected, step) == []
+    assert OVERRUN not in holes(step).values()
+
+
+def test_a_step_without_a_replay_has_nothing_of_the_graph(tmp_path: Path) -> None:
+    def calls(debugger: PrecisionDebugger) -> None:
+        captured(debugger)
+        with debugger.start():
+            pass
+
+    _, step = dumped(tmp_path, calls)
+    assert step.data == {}
+
+
+def test_two_replays_in_a_step_are_an_overrun(tmp_path: Path) -> None:
+    batches = inputs(2)
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        graph, x, _ = captured(debugger)
+        with debugger.start():
+            for batch in batches:
+                x.copy_(batch)
+                graph.replay()
+
+    _, step = dumped(tmp_path / "graph", calls)
+    (expected,) = plain(tmp_path / "plain", batches[1:])
+    assert differences(expected, step) == []
+    assert OVERRUN in holes(step).values()
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_reduce_overhead(tmp_path: Path, level: str) -> None:
+    batches = inputs(5)
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(model(), backend=msprobe_backend, options={"mode": "reduce-overhead"})
+        for batch in batches:
+            torch.compiler.cudagraph_mark_step_begin()
+            with debugger.start(compiled):
+                compiled(batch)
+
+    found = dumped(tmp_path / "graph", calls, level=level)
+    expected = plain(tmp_path / "plain", batches, level=level)
+    for there, here in zip(expected, found, strict=True):
+        assert differences(there, here) == []
