@@ -7,7 +7,7 @@ which every JSON reader takes for infinities: msProbe's own tools read both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -29,14 +29,19 @@ def number(value: Any) -> Any:
 
 
 def complete(record: TensorRecord, found: Statistics) -> None:
-    """Fill in the statistics that a tap left open, and of a replayed value its shape."""
+    """Fill in the statistics that a tap left open, and of a replayed value its shape, in place of what an earlier step
+    has filled in."""
     if found.replayed is not None:
         record.shape = found.replayed.shape
-    record.Max, record.Min, record.Mean, record.Norm = found.max, found.min, found.mean, found.norm
+        record.reason = msgspec.UNSET
+        record.finite_Max = record.finite_Min = record.finite_Mean = record.finite_Norm = msgspec.UNSET
+    record.Max = found.max
+    record.Min = found.min
+    record.Mean = found.mean
+    record.Norm = norm = found.norm
     record.nan_count = found.nan_count
     record.posinf_count = found.posinf_count
     record.neginf_count = found.neginf_count
-    norm = found.norm
     if norm is not None and norm - norm != 0.0:  # it is infinite or NaN; else none of the four can be
         record.Max, record.Min, record.Mean, record.Norm = map(number, (found.max, found.min, found.mean, norm))
         if found.finite_max is not None:
@@ -44,23 +49,33 @@ def complete(record: TensorRecord, found: Statistics) -> None:
             record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
 
 
-_STATISTICS = (
-    *("Max", "Min", "Mean", "Norm", "nan_count", "posinf_count", "neginf_count"),
-    *("finite_Max", "finite_Min", "finite_Mean", "finite_Norm"),
-)
+def refuse(record: TensorRecord, reason: str) -> None:
+    """Say of a value that was to be replayed why there is none. What an earlier step has filled in is removed."""
+    record.reason = reason
+    record.shape = record.Max = record.Min = record.Mean = record.Norm = None
+    record.nan_count = record.posinf_count = record.neginf_count = msgspec.UNSET
+    record.finite_Max = record.finite_Min = record.finite_Mean = record.finite_Norm = msgspec.UNSET
 
 
-def share(measured: TensorRecord, other: TensorRecord) -> None:
-    """Give `other`, of the same values, the statistics of a record that is complete. A size that `other` leaves open
-    (None) follows from the number of elements."""
-    if measured.reason is not msgspec.UNSET:
-        other.reason = measured.reason
-    elif measured.shape is not None and other.shape is not None and None in other.shape:
-        known = math.prod(size for size in other.shape if size is not None)
-        open_size = math.prod(size or 0 for size in measured.shape) // known if known else 0
-        other.shape = tuple(open_size if size is None else size for size in other.shape)
-    for name in _STATISTICS:
-        setattr(other, name, getattr(measured, name))
+def share(measured: TensorRecord, other: TensorRecord, shape: tuple[int | None, ...] | None = None) -> None:
+    """Give `other`, of the same values, the statistics of a record that is complete, and its own `shape` if one is
+    given: a size that is open (None) follows from the number of elements."""
+    other.reason = measured.reason
+    if measured.shape is not None and shape is not None:
+        known = math.prod(size for size in shape if size is not None)
+        open_size = math.prod(measured.shape) // known if known else 0
+        other.shape = tuple(open_size if size is None else size for size in shape)
+    other.Max = measured.Max
+    other.Min = measured.Min
+    other.Mean = measured.Mean
+    other.Norm = measured.Norm
+    other.nan_count = measured.nan_count
+    other.posinf_count = measured.posinf_count
+    other.neginf_count = measured.neginf_count
+    other.finite_Max = measured.finite_Max
+    other.finite_Min = measured.finite_Min
+    other.finite_Mean = measured.finite_Mean
+    other.finite_Norm = measured.finite_Norm
 
 
 def describe(value: Any) -> Any:
@@ -94,25 +109,33 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def document(head: Mapping[str, Any], data: Iterable[tuple[str, bytes]]) -> bytes:
+def document(head: Mapping[str, Any], data: Iterable[tuple[str, Any]]) -> bytes:
     """dump.json: the fields of `head`, then ``"data"`` with one line an entry, in the order given."""
     json = msgspec.json.Encoder()
-    fields = [b'"%b": %b' % (key.encode(), json.encode(value)) for key, value in head.items()]
-    entries = b",\n".join(b"  %b: %b" % (json.encode(name), record) for name, record in data)
-    return b"{\n " + b",\n ".join([*fields, b'"data": {\n' + entries + b"\n }"]) + b"\n}\n"
+    text = bytearray(b"{\n ")
+    for key, value in head.items():
+        text += b"%b: %b,\n " % (json.encode(key), json.encode(value))
+    text += b'"data": {\n'
+    between = b"  "
+    for name, value in data:
+        text += between
+        json.encode_into(name, text, -1)
+        text += b": "
+        json.encode_into(value, text, -1)
+        between = b",\n  "
+    text += b"\n }\n}\n"
+    return bytes(text)
 
 
-def encoded(entries: Iterable[Entry]) -> Iterator[tuple[str, bytes]]:
-    """Each entry's name and JSON::
+def fields(entry: Entry) -> dict[str, Any]:
+    """An entry as dump.json holds it::
 
     {"input_args":[{"type":"torch.Tensor",...}],"input_kwargs":{},"output":[...],"site":{"module":"layers.0","number":0}}
     """
-    json = msgspec.json.Encoder()
-    for entry in entries:
-        parts = dict(entry.parts)
-        # A dict, because msProbe's compare searches every field of an entry for the key "md5".
-        parts.setdefault("site", {"module": entry.module, "number": entry.number})
-        yield entry.name, json.encode(parts)
+    parts = dict(entry.parts)
+    # A dict, because msProbe's compare searches every field of an entry for the key "md5".
+    parts.setdefault("site", {"module": entry.module, "number": entry.number})
+    return parts
 
 
 def tree(value: Any) -> bytes:

@@ -106,6 +106,12 @@ def step_folder(dump_path: Path, step: int, process: str) -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `path` so that a reader, or a kill in between, sees the old file or the new one and never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    part = f"{path}.part"
+    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:  # a disk that is nearly full takes less than it is given
+            rest = rest[os.write(file, rest) :]
+    finally:
+        os.close(file)
+    os.replace(part, path)  # noqa: PTH105, the path need not be taken apart

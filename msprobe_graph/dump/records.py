@@ -33,7 +33,7 @@ class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
 
     type: str
     dtype: str
-    shape: tuple[int | None, ...] | None
+    shape: tuple[int, ...] | None
     Max: Any
     Min: Any
     Mean: Any
@@ -177,8 +177,9 @@ class Step(msgspec.Struct):
     """Where the statistics of this step's records come from; None where none were taken."""
     records: dict[int, TensorRecord] = {}
     """The records that this step has measured, by row."""
-    shared: list[tuple[TensorRecord, TensorRecord]] = []
-    """Records with the statistics of another one: the other one, and they."""
+    shared: list[tuple[TensorRecord, TensorRecord, tuple[int | None, ...] | None]] = []
+    """Records with the statistics of another one: the other one, they, and their shape if that is still to be found out
+    (see `encode.share`)."""
     provisional: list[Provisional] = []
     holes: list[Hole] = []
     requests: list[Request] = []

@@ -21,13 +21,13 @@ import msgspec
 import torch
 
 from .boundary import Boundary
-from .encode import complete, document, encoded, share, tree
+from .encode import complete, document, fields, refuse, share, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
 from .records import Flushed, Hole, Step
 from .ring import Kept, Ring, free_memory
 from .saved import File, Saved
-from .stack import grouped
+from .stack import Stacks
 
 log = logging.getLogger("msprobe_graph")
 
@@ -89,6 +89,7 @@ class Writer:
         self._short = False
         """Steps had to be dropped to make room."""
         self._boundary = boundary
+        self._stacks = Stacks()
         # A SimpleQueue, because fire() puts into it from a signal handler, in the middle of anything.
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._room = threading.Condition()
@@ -326,14 +327,14 @@ class Writer:
 
     def _write_step(self, step: Step) -> None:
         folder = self._begin(step.number)
+        head = self._head(folder)
         files = {
-            "dump.json": document(self._head(step), encoded(step.entries)),
-            "stack.json": tree(grouped(step.entries)),
+            "dump.json": document(head, ((entry.name, fields(entry)) for entry in step.entries)),
+            "stack.json": self._stacks.encode(step.entries),
             "construct.json": tree(self._construct(step)),
         }
         if step.saved:
-            values = ((name, msgspec.json.encode(value)) for name, value in step.saved.items())
-            files["debug.json"] = document(self._head(step), values)
+            files["debug.json"] = document(head, step.saved.items())
         with self._room:
             self.written += sum(map(len, files.values()))
         if self.full:
@@ -348,8 +349,8 @@ class Writer:
             return {}
         return {entry.name: entry.parent for entry in step.entries if entry.nested}
 
-    def _head(self, step: Step) -> dict[str, str | None]:
-        tensors = self.folder(step.number) / TENSOR_FOLDER
+    def _head(self, folder: Path) -> dict[str, str | None]:
+        tensors = folder / TENSOR_FOLDER
         return {
             "task": self.provenance.task,
             "level": self.provenance.level,
@@ -367,20 +368,22 @@ def _complete(step: Step) -> None:
     for row, record in step.records.items():
         found = statistics[row]
         if found is None:
-            record.reason = NOT_REPLAYED
+            refuse(record, NOT_REPLAYED)
         else:
             complete(record, found)
             again += found.replayed is not None and found.replayed.times > 1
-    for measured, other in step.shared:
-        share(measured, other)
+    for measured, other, shape in step.shared:
+        share(measured, other, shape)
     if again:
         step.holes.append(Hole(f"{again} values", OVERRUN))
+    gone: set[str] = set()
     for call in step.provisional:
         if statistics[call.row] is not None:
             step.holes += call.holes
         else:
-            gone = set(call.entries)
-            step.entries = [entry for entry in step.entries if entry.name not in gone]
+            gone.update(call.entries)
+    if gone:
+        step.entries = [entry for entry in step.entries if entry.name not in gone]
 
 
 def _save_tensor(value: torch.Tensor, path: Path) -> None:

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
 import torch
 
 from msprobe_graph.dump.records import Replayed, Statistics
@@ -117,11 +116,12 @@ class Rows:
     def _replayed(self, number: int) -> Statistics | None:
         graph, slots = self._reserved[number]
         arrival = self._arrivals.get(graph)
-        written = (arrival.slot(slot) for slot in slots) if arrival is not None else ()
-        for slot in written:
-            if slot is not None:
-                statistics = read_row(ROW.unpack(slot.row), self._dtypes[number])
-                return msgspec.structs.replace(statistics, replayed=Replayed(slot.shape, slot.fired))
+        if arrival is not None:
+            for slot in slots:
+                written = arrival.slot(slot)
+                if written is not None:
+                    replayed = Replayed(written.shape, written.fired)
+                    return read_row(ROW.unpack(written.row), self._dtypes[number], replayed)
         return None
 
     def _add_elsewhere(self, tensor: torch.Tensor) -> int:

@@ -2,10 +2,11 @@
 
 import math
 import struct
+from typing import TypeAlias
 
 import torch
 
-from msprobe_graph.dump.records import Statistics
+from msprobe_graph.dump.records import Replayed, Statistics
 
 ROW = struct.Struct("=4d4q")
 """One row, 64 bytes: max, min, mean and norm of the finite values as float64; the counts of NaN, +Inf, -Inf and finite
@@ -20,18 +21,19 @@ REAL = frozenset(
 )
 """Dtypes whose values may be NaN or infinite."""
 
-EMPTY = Statistics(None, None, None, None)
+Row: TypeAlias = tuple[float, float, float, float, int, int, int, int]
+"""A row, unpacked by `ROW`."""
 
 
-def read_row(row: tuple[float, float, float, float, int, int, int, int], dtype: torch.dtype) -> Statistics:
-    """The statistics that a row (unpacked by `ROW`) of a tensor of `dtype` holds."""
+def read_row(row: Row, dtype: torch.dtype, replayed: Replayed | None = None) -> Statistics:
+    """The statistics that a row of a tensor of `dtype` holds."""
     high, low, mean, norm, nans, posinfs, neginfs, finites = row
     if dtype not in REAL:
-        return _read_integers(row, dtype)
-    if finites and not (nans or posinfs or neginfs):
-        return Statistics(high, low, mean, norm)
+        return _read_integers(row, dtype, replayed)
     if not (nans or posinfs or neginfs):
-        return EMPTY
+        if not finites:
+            return _empty(replayed)
+        return Statistics(high, low, mean, norm, replayed=replayed)
     if nans:
         propagated = (math.nan, math.nan, math.nan, math.nan)
     else:
@@ -41,16 +43,21 @@ def read_row(row: tuple[float, float, float, float, int, int, int, int], dtype: 
             math.nan if posinfs and neginfs else math.inf if posinfs else -math.inf,
             math.inf,
         )
-    finite = (high, low, mean, norm) if finites else ()
-    return Statistics(*propagated, nans, posinfs, neginfs, *finite)
+    if not finites:
+        return Statistics(*propagated, nans, posinfs, neginfs, replayed=replayed)
+    return Statistics(*propagated, nans, posinfs, neginfs, high, low, mean, norm, replayed)
 
 
-def _read_integers(row: tuple[float, float, float, float, int, int, int, int], dtype: torch.dtype) -> Statistics:
+def _read_integers(row: Row, dtype: torch.dtype, replayed: Replayed | None) -> Statistics:
     _, _, mean, norm, high, low, _, count = row
     if not count:
-        return EMPTY
+        return _empty(replayed)
     if dtype is torch.bool:
-        return Statistics(bool(high), bool(low), mean, norm)
+        return Statistics(bool(high), bool(low), mean, norm, replayed=replayed)
     if dtype is torch.uint64:
         high, low = high % 2**64, low % 2**64
-    return Statistics(high, low, mean, norm)
+    return Statistics(high, low, mean, norm, replayed=replayed)
+
+
+def _empty(replayed: Replayed | None) -> Statistics:
+    return Statistics(None, None, None, None, replayed=replayed)

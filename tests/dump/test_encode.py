@@ -10,15 +10,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msprobe_graph.dump.encode import document, number
-from msprobe_graph.dump.records import Step
+from msprobe_graph.dump.encode import complete, document, number, refuse, share
+from msprobe_graph.dump.records import Replayed, Statistics, Step, TensorRecord
 
 from .conftest import NewWriter, Strict, Written
 
@@ -179,6 +178,30 @@ def test_always_json(written: Written, value: Any) -> None:
 
 @given(st.floats())
 def test_numbers_come_back(value: float) -> None:
-    text = document({}, [("entry", msgspec.json.encode(number(value)))])
+    text = document({}, [("entry", number(value))])
     back = json.loads(text)["data"]["entry"]
     assert back == ("nan" if math.isnan(value) else value)
+
+
+def test_what_a_replay_is_recorded_in_again_keeps_nothing_of_the_last_time() -> None:
+    def new() -> TensorRecord:
+        return TensorRecord("torch.Tensor", "torch.float32", None, None, None, None, None, False)
+
+    def shared(measured: TensorRecord, other: TensorRecord) -> TensorRecord:
+        share(measured, other)
+        return other
+
+    inf, once = math.inf, Replayed((2,), 1)
+    infinite = Statistics(inf, 1.0, inf, inf, 0, 1, 0, 1.0, 1.0, 1.0, 1.0, replayed=once)
+    finite = Statistics(2.0, 1.0, 1.5, math.sqrt(5), replayed=Replayed((2, 1), 1))
+    steps = [infinite, None, finite, infinite, finite, None]
+    again, again_shared = new(), new()
+    for found in steps:
+        first = new()
+        for record in (again, first):
+            if found is None:
+                refuse(record, "not replayed")
+            else:
+                complete(record, found)
+        assert again == first
+        assert shared(again, again_shared) == shared(first, new())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from msprobe_graph.dump.records import Entry, Frame
-from msprobe_graph.dump.stack import grouped
+from msprobe_graph.dump.stack import Stacks
 
 
 def test_entries_are_grouped_by_stack_in_order(tmp_path: Path) -> None:
@@ -19,10 +20,24 @@ def test_entries_are_grouped_by_stack_in_order(tmp_path: Path) -> None:
         Entry("without", {}),
         Entry("c", {}, stack=first),
     ]
-    assert grouped(entries) == {
-        "0": (
+    assert json.loads(Stacks().encode(entries)) == {
+        "0": [
             ["a", "c"],
             [f"File {source}, line 2, in forward, \n return x + 1", "File <string>, line 7, in <module>, \n "],
-        ),
-        "1": (["b"], [f"File {source}, line 1, in other, \n def forward(x):"]),
+        ],
+        "1": [["b"], [f"File {source}, line 1, in other, \n def forward(x):"]],
     }
+
+
+def test_a_step_with_other_stacks_or_names_is_encoded_anew() -> None:
+    one, two = (Frame("<a>", 1, "f"),), (Frame("<a>", 2, "f"),)
+    steps = [
+        [Entry("a", {}, stack=one), Entry("b", {}, stack=one)],
+        [Entry("a", {}, stack=(Frame("<a>", 1, "f"),)), Entry("b", {}, stack=two)],
+        [Entry("a", {}, stack=one), Entry("c", {}, stack=two)],
+        [Entry("a", {}, stack=one), Entry("c", {}, stack=(Frame("<a>", 2, "f"),))],
+        [],
+    ]
+    stacks = Stacks()
+    assert [stacks.encode(entries) for entries in steps] == [Stacks().encode(entries) for entries in steps]
+    assert len({Stacks().encode(entries) for entries in steps}) == 4
