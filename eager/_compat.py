@@ -174,3 +174,8 @@ def _without_arguments(call: Callable[[], None]) -> Callable[[object], None]:
         call()
 
     return ignoring
+
+
+def plainly() -> AbstractContextManager[None]:
+    """A context in which a subclass of Tensor has no say in what is asked of its tensors."""
+    return torch._C.DisableTorchFunctionSubclass()

@@ -38,7 +38,8 @@ class Selection:
         self._risks = _RISKS[settings.risk_level]
         self._risk = risk
         self._wanted_apis: dict[str, bool] = {}
-        self._everything = self._first is None and not self._listed
+        self.everything = self._first is None and not self._listed
+        """Whether each call is wanted whatever went before it."""
         self.reset()
 
     def reset(self) -> None:
@@ -48,7 +49,7 @@ class Selection:
 
     def enter(self, entry: str) -> None:
         """A module call begins."""
-        if self._everything:
+        if self.everything:
             return
         if entry == self._first:
             self._in_scope = True
@@ -57,14 +58,14 @@ class Selection:
 
     def leave(self, entry: str) -> None:
         """A module call has ended."""
-        if self._everything:
+        if self.everything:
             return
         if entry == self._last:
             self._in_scope = False
         self._open.discard(entry)
 
     def wants_module(self, entry: str) -> bool:
-        return self._everything or self._selected(entry)
+        return self.everything or self._selected(entry)
 
     def may_want_module(self, prefix: str) -> bool:
         """Whether some call of the module named `prefix` (``Module.{path}.{Class}``) would be wanted, scope aside."""
@@ -72,7 +73,7 @@ class Selection:
 
     def may_want_api(self, api: str) -> bool:
         """Whether some call of `api`, an entry's name without call number and direction, would be wanted."""
-        if not self._everything:
+        if not self.everything:
             return True
         wanted = self._wanted_apis.get(api)
         if wanted is None:
@@ -81,7 +82,7 @@ class Selection:
 
     def wants_api(self, entry: str) -> bool:
         """To be asked for each call of an API that may be wanted, in order."""
-        if self._everything:
+        if self.everything:
             return True
         if entry == self._first:
             self._in_scope = True

@@ -32,6 +32,26 @@ def same_elements(one: object, other: object) -> bool:
     )
 
 
+def part_of(one: object, other: object) -> tuple[int, int, int] | None:
+    """How `one` is ``other.narrow(dim, start, length)``, as these three; None if it is not, or nobody knows."""
+    if not _same_memory(one, other):
+        return None
+    assert isinstance(one, torch.Tensor)
+    assert isinstance(other, torch.Tensor)
+    strides, sizes, others = _numbers(one.stride()), _numbers(one.shape), _numbers(other.shape)
+    if strides != _numbers(other.stride()) or len(sizes) != len(others):
+        return None
+    differ = [dim for dim, (size, whole) in enumerate(zip(sizes, others, strict=True)) if size != whole]
+    if len(differ) != 1:
+        return None
+    (dim,) = differ
+    moved = _number(one.storage_offset()) - _number(other.storage_offset())
+    if not all(number.is_Integer for number in (moved, strides[dim], sizes[dim])):
+        return None
+    start, rest = divmod(int(moved), int(strides[dim]) or 1)
+    return None if rest or start < 0 else (dim, start, int(sizes[dim]))
+
+
 def disjoint(one: object, other: object) -> bool:
     """Whether two tensors, both of them columns of the same rows of memory, have no element in common."""
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or not (one.ndim and other.ndim):

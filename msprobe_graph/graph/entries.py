@@ -57,7 +57,8 @@ class Entries:
         """Records of the graph's inputs, by the id of the tensor, where no file is to be saved."""
         self._forward: dict[int, Entry] = {}
         """The forward entries, by call."""
-        self._named = self._number_calls()
+        self.named = self._number_calls()
+        """The calls, as they are called in this run."""
         self._files = self._find_files()
 
     def take(self, ref: int, value: Any) -> None:
@@ -94,6 +95,8 @@ class Entries:
                 self._context.recorder.holes.append(Hole(f"{stem}.pt", NOT_SAVED))
 
     def _take_views(self, ref: int, value: torch.Tensor) -> None:
+        for part in self._plan.parts.get(ref, ()):
+            self.take_passing(part.id, part.of(value))
         for view in self._plan.reshaped.get(ref, ()):
             sizes = self._plan.values[view].shape
             self.take_passing(view, value.reshape([-1 if size is None else size for size in sizes]))
@@ -102,12 +105,12 @@ class Entries:
         """Entries in the order in which the calls end, as in eager code."""
         calls = self._plan.calls
         for index in self._plan.ending:
-            if not self._named[index].wanted:
+            if not self.named[index].wanted:
                 continue
-            entry = self._entry(calls[index], self._named[index], "forward", self._forward_parts(calls[index]))
+            entry = self._entry(calls[index], self.named[index], "forward", self._forward_parts(calls[index]))
             if entry is not None:
                 self._forward[index] = entry
-                self._complete(entry, calls[index], self._named[index])
+                self._complete(entry, calls[index], self.named[index])
 
     def record_backward(self) -> None:
         """Entries in the order in which eager autograd ends with the calls: the last one first, an inner one before
@@ -119,7 +122,7 @@ class Entries:
 
         for index in sorted(self._forward, key=first, reverse=True):
             call, forward = calls[index], self._forward[index]
-            entry = self._entry(call, self._named[index], "backward", self._backward_parts(call))
+            entry = self._entry(call, self.named[index], "backward", self._backward_parts(call))
             if entry is not None:
                 entry.module, entry.number = forward.module, forward.number
                 entry.parent = forward.parent and forward.parent.replace(".forward.", ".backward.")
@@ -192,7 +195,7 @@ class Entries:
             return {}
         found: dict[int, list[str | None]] = {}
         elsewhere: set[int] = set()
-        for call, named in zip(self._plan.calls, self._named, strict=True):
+        for call, named in zip(self._plan.calls, self.named, strict=True):
             if not named.wanted:
                 continue
             directions = (("forward", self._forward_parts), ("backward", self._backward_parts))
@@ -229,7 +232,7 @@ class Entries:
         context, inside = self._context, self._context.running.top
         entry.module, entry.number = named.module, named.within
         if call.inside is not None:
-            entry.parent = self._named[call.inside].entry("module", "forward")
+            entry.parent = self.named[call.inside].entry("module", "forward")
         elif inside is not None:
             entry.parent = inside.name
         if call.kind == "api":

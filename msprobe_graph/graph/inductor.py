@@ -12,30 +12,24 @@ from torch._inductor.compile_fx import compile_fx
 
 from msprobe_graph.config import ConfigError
 
-from .exact import ExactPass
-from .full import FullPass, PinPass
 from .handoff import Compiled, Taps
 from .options import GraphOptions
+from .passes import EXACT, FULL, PIN, passes
 
 
 def compile_with_taps(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: GraphOptions) -> Compiled:
     """See `handoff.hand_on`."""
     patches = inductor_config(options)
-    exact = {ref: value for ref, value in taps.wanted.items() if ref not in taps.in_full}
-    first = _passes(patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass))
-    patches["joint_custom_pre_pass"] = PinPass(taps.wanted, taps.digest, first, taps.boundary)
-    chained = _passes(patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass))
-    patches["post_grad_custom_post_pass"] = FullPass(taps.wanted, taps.digest, taps.in_full, chained, taps.boundary)
-    theirs_after = patches.get("_post_fusion_custom_pass", config._post_fusion_custom_pass)
-    tap = ExactPass(exact, taps.digest, theirs_after, taps.boundary)
-    patches["_post_fusion_custom_pass"] = tap
+    pin, full, exact = (patches.get(slot, getattr(config, slot)) for slot in (PIN, FULL, EXACT))
+    ours = passes(taps, _as_sequence(pin), _as_sequence(full), exact)
+    patches |= {PIN: ours.pin, FULL: ours.full, EXACT: ours.exact}
     # As an argument, because a config.patch() around the call would not reach the backward pass, which is compiled
     # later.
     compiled: Any = compile_fx(module, inputs, config_patches=patches)
-    return Compiled(compiled, reports=tap.reports)
+    return Compiled(compiled, reports=ours.exact.reports)
 
 
-def _passes(theirs: Any) -> tuple[Any, ...]:
+def _as_sequence(theirs: Any) -> tuple[Any, ...]:
     """The user's passes at one place: none, one or several."""
     return () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
 

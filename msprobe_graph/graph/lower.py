@@ -68,7 +68,10 @@ def _wanted(plan: Plan, known: dict[int, Wanted], backward: bool) -> dict[int, W
     come in and go out."""
     outside = plan.inputs.keys() | plan.outputs.keys()
     wanted = {ref: known[ref] for ref in plan.values if ref in known and ref not in outside}
+    derived = {base: [part.id for part in found] for base, found in plan.parts.items()}
     for base, views in plan.reshaped.items():
+        derived.setdefault(base, []).extend(views)
+    for base, views in derived.items():
         if base in known and base not in outside:
             wanted[base] = known[base]
         for view in views:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from .arguments import Asked, asked, written_arguments
 from .elements import in_row_major
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
-from .plan import Absent, Call, Place, Plan, Ref, Value, fixed_in, gradient_id, node_of, refs, value_id, writes_of
-from .views import whole_views
+from .plan import Absent, Call, Part, Place, Plan, Ref, Value, fixed_in, gradient_id, node_of, refs, value_id, writes_of
+from .views import parts, whole_views
 from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
@@ -103,18 +103,19 @@ class _Naming:
         calls = self._calls
         same = {**whole_views(self._nodes, self._writes), **{id_: of for (of, _), id_ in self._reshaped.items()}}
         reshaped = self._reshaped_of(same)
+        pieces = self._parts_read(self._values.keys() | reshaped.keys())
+        read = self._values.keys() | reshaped.keys() | pieces.keys()
         return Plan(
             calls=calls,
             ending=sorted(range(len(calls)), key=lambda index: calls[index].end),
             fixed=fixed_in(calls),
             values=self._values,
-            inputs={id_: at for id_, at in inputs.items() if id_ in self._values or id_ in reshaped},
-            outputs={
-                id_: at for id_, at in outputs.items() if (id_ in self._values or id_ in reshaped) and id_ not in inputs
-            },
+            inputs={id_: at for id_, at in inputs.items() if id_ in read},
+            outputs={id_: at for id_, at in outputs.items() if id_ in read and id_ not in inputs},
             anchors=anchors(list(self._inputs)),
             same=same,
             reshaped=reshaped,
+            parts=pieces,
             holes=[*([] if marks is not None else [NO_MARKS]), *self._untold()],
         )
 
@@ -127,6 +128,16 @@ class _Naming:
             if writes_of(view) >= RESHAPED or all(in_row_major(self._tensor(id_)) for id_ in (view, base)):
                 found.setdefault(base, []).append(view)
         return found
+
+    def _parts_read(self, read: Set[int]) -> dict[int, list[Part]]:
+        """See Plan.parts: of those that are `read`, and of those that have such parts in turn."""
+        found = parts(self._nodes, self._writes)
+        kept: dict[int, list[Part]] = {}
+        for base in reversed(found):  # a part comes behind what it is a part of
+            wanted = [part for part in found[base] if part.id in read or part.id in kept]
+            if wanted:
+                kept[base] = wanted
+        return kept
 
     def _tensor(self, id: int) -> torch.Tensor:
         """The fake tensor of a value."""

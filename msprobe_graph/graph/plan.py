@@ -7,7 +7,7 @@ when the graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -138,6 +138,18 @@ class Call(msgspec.Struct):
     """Innermost frame first; of functions only."""
 
 
+class Part(msgspec.Struct, frozen=True):
+    """A value that is a part of another one along one dimension: ``other.narrow(dim, start, length)``."""
+
+    id: int
+    dim: int
+    start: int
+    length: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.narrow(self.dim, self.start, self.length)
+
+
 class Plan(msgspec.Struct):
     """One graph."""
 
@@ -157,9 +169,21 @@ class Plan(msgspec.Struct):
     reshaped: dict[int, list[int]] = {}
     """By the id of a value: those of its views that can be had from it, by Tensor.reshape, where they have no memory of
     their own."""
+    parts: dict[int, list[Part]] = {}
+    """By the id of a value: those that are parts of it, such as what split gives."""
     ending: list[int] = []
     """The calls, by index, in the order in which they end."""
     fixed: set[int] = set()
     """The Python ids of those parts of the nests that hold no tensors, so that a run need not look into them."""
     holes: list[str] = []
     """What could not be learned of the graph, one sentence each."""
+
+    def with_parts(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """`values`, by id, and their parts."""
+        found: dict[int, torch.Tensor] = {}
+        left = list(values.items())
+        while left:
+            id, value = left.pop()
+            found[id] = value
+            left += [(part.id, part.of(value)) for part in self.parts.get(id, ()) if part.id not in values]
+        return found

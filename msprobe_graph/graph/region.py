@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ from msprobe_graph.eager._compat import unseen
 from msprobe_graph.eager.context import Context
 
 from ._compat import compiled_node
-from .entries import Entries
+from .entries import Entries, Named
 from .exact import REASONS
 from .handoff import Compiled
 from .options import GraphOptions
 from .plan import Plan
-from .replay import Frame, Frames, capturing
+from .replay import Frame, Frames, Recorded, capturing
 from .tap_op import invocations
 from .verify import Verifier
 from .watch import Watch
@@ -61,7 +62,7 @@ class Region:
         self._verifier = verifier
         self._verdict: dict[str, Any] | None = None
         if rows is not None:
-            watch.replays.regions.append(self)
+            watch.replays.regions.append(weakref.ref(self))
 
     def description(self) -> dict[str, Any]:
         """What the manifest tells of the graph: see `dump.manifest`."""
@@ -114,12 +115,16 @@ class Region:
 
     def replayed(self, context: Context, frame: Frame) -> None:
         """Record a call that a CUDA graph may have replayed as a whole; the device will tell whether it has."""
-        inputs = [frame.lasting.get(position) for position in range(frame.inputs)]
-        marks = next(iter(frame.slots.items()), None)
-        if marks is not None:
-            ref, slots = marks
-            with context.recorder.if_replayed(frame.rows, slots, frame.dtypes[ref]):
-                Invocation(self, context, inputs, frame).finish([None] * frame.outputs)
+        recorder = context.recorder
+        if frame.recorded is not None and frame.recorded.holds(context):
+            frame.recorded.repeat(context)
+        elif frame.slots:
+            inputs = [frame.lasting.get(position) for position in range(frame.inputs)]
+            with recorder.if_replayed(frame.rows, next(iter(frame.slots.values()))) as replayable:
+                invocation = Invocation(self, context, inputs, frame)
+                invocation.finish([None] * frame.outputs)
+            frame.recorded = Recorded.of(replayable, invocation.calls, context)
+        recorder.graphs[id(self)] = self.description
 
     def _lay_out(self, inputs: Sequence[Any], captured: bool) -> Any:
         """A call that nobody records: it is, or may in part be, captured as a CUDA graph."""
@@ -166,7 +171,7 @@ class Listener:
 
     def _measure(self, values: Mapping[int, Any]) -> None:
         with unseen():
-            self._frame.measure(values, self._region.replays.padded)
+            self._frame.measure(self._region.plan.with_parts(values), self._region.replays.padded)
 
 
 class Invocation:
@@ -183,6 +188,11 @@ class Invocation:
             for ref, position in region.plan.inputs.items():
                 if inputs[position] is not None:
                     self._entries.take(ref, inputs[position])
+
+    @property
+    def calls(self) -> list[Named]:
+        """The calls in the graph, as they are called in this run."""
+        return self._entries.named
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -219,7 +229,8 @@ class Invocation:
             self._region.learn(note)
         with unseen():
             if self._frame is not None and capturing():
-                self._frame.measure(dict(zip(ids, values, strict=True)), None)
+                seen = dict(zip(ids, values, strict=True))
+                self._frame.measure(self._region.plan.with_parts(seen), None)
                 return
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)

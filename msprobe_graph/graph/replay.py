@@ -8,19 +8,75 @@ is over, and the device tells which of them were replayed in it.
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from msprobe_graph.dump.boundary import Boundary
+from msprobe_graph.eager._compat import plainly
 
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
     from msprobe_graph.taps.graph_rows import GraphRows, Slot
+    from msprobe_graph.taps.recorder import Replayable
 
+    from .entries import Named
     from .region import Region
+
+
+class Recorded:
+    """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
+    but for the values, which come from the device, one step is like the other."""
+
+    def __init__(
+        self, replayable: Replayable, calls: Counter[str], begins: dict[str, int], weights: Sequence[torch.Tensor]
+    ) -> None:
+        self._replayable = replayable
+        self._calls = calls
+        """How many calls of each name there are."""
+        self._begins = begins
+        """The number of the first of them."""
+        self._weights = weights
+        self._versions = self._found_versions()
+
+    @classmethod
+    def of(cls, replayable: Replayable, calls: Sequence[Named], context: Context) -> Recorded | None:
+        """None where the next step may differ: calls are chosen by what went before, or records are kept."""
+        if not (context.selection.everything and context.recorder.repeats):
+            return None
+        modules = (context.paths.module(call.module) for call in calls)
+        weights = {
+            id(weight): weight
+            for module in modules
+            if module is not None
+            for weight in module.parameters(recurse=False)
+        }
+        if any(weight.is_inference() for weight in weights.values()):  # these have no version
+            return None
+        begins: dict[str, int] = {}
+        for call in calls:
+            begins.setdefault(call.prefix, call.number)
+        return cls(replayable, Counter(call.prefix for call in calls), begins, list(weights.values()))
+
+    def holds(self, context: Context) -> bool:
+        """Whether the calls would get the same numbers, and the weights are as they were."""
+        next = context.numbering.next
+        return self._versions == self._found_versions() and all(
+            next(prefix) == number for prefix, number in self._begins.items()
+        )
+
+    def repeat(self, context: Context) -> None:
+        for prefix, count in self._calls.items():
+            for _ in range(count):
+                context.numbering.advance(prefix)
+        context.recorder.repeat(self._replayable)
+
+    def _found_versions(self) -> list[int]:
+        with plainly():
+            return [weight._version for weight in self._weights]
 
 
 class Frame:
@@ -38,6 +94,8 @@ class Frame:
         self.inputs = 0
         self.outputs = 0
         """How many inputs and outputs the call had."""
+        self.recorded: Recorded | None = None
+        """What an earlier step has recorded of it, once one has."""
 
     def measure(self, values: Mapping[int, torch.Tensor], padded: int | None) -> None:
         """Have the graph that is being captured measure values, by id. `padded`: see `GraphRows.measure`."""
@@ -105,7 +163,7 @@ class Replays:
         """`follows`: False where what is wanted of values is more than a graph can measure (slices, checksums)."""
         self.boundary = boundary
         self.follows = follows
-        self.regions: list[Region] = []
+        self.regions: list[weakref.ref[Region]] = []
         """Those that may be captured."""
         self.listening = False
         """Whether graphs may be captured inside of what is called now, though nobody records it."""
@@ -152,9 +210,11 @@ class Replays:
 
     def record(self, context: Context) -> None:
         """The step is over: record what may have been replayed in it."""
-        for region in self.regions:
-            for frame in region.frames.not_called(context.step):
-                self.boundary.attempt("CUDA graphs", region.replayed, context, frame)
+        for reference in self.regions:
+            region = reference()
+            if region is not None:
+                for frame in region.frames.not_called(context.step):
+                    self.boundary.attempt("CUDA graphs", region.replayed, context, frame)
 
 
 def capturing() -> bool:

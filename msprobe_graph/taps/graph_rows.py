@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import triton_kernels as kernels
+from .statistics import ROW
 from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -16,6 +19,8 @@ ROWS = 1 << 20
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
 FINISHING_WARPS = 2
+SLOT = struct.Struct(f"={ROW.size}s2q")
+"""What the host gets of a slot: its row, how often it was measured, and the number of its shape."""
 
 
 class Slot(NamedTuple):
@@ -54,20 +59,20 @@ class Arrival:
         self._event = event
         self._shapes = shapes
         self._begin, self._end = rows
-        self._words: list[list[int]] | None = None
+        self._words: bytes | None = None
 
     def slot(self, slot: Slot) -> Replayed | None:
         """None if nothing was measured into it. Waits for the GPU."""
         if self._words is None:
             self._event.synchronize()
-            self._words = self._host.tolist()
-        *row, fired, tag = self._words[slot.number]
+            self._words = ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
+        row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
         if not fired:
             return None
         shape, batch = self._shapes[tag]
         if batch and self._end >= 0:
             shape = (max(min(shape[0], self._end) - self._begin, 0), *shape[1:])
-        return Replayed(b"".join(word.to_bytes(8, "little", signed=True) for word in row), fired, shape)
+        return Replayed(row, fired, shape)
 
 
 class GraphRows:
@@ -81,6 +86,8 @@ class GraphRows:
         self._used_values = 0
         self._state = (0, 0, -1)
         """As `switch` was told."""
+        self._waits = False
+        """There was something aside since anyone waited for it."""
         self._prepared: set[tuple[Kind, int, bool]] = set()
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
@@ -114,9 +121,11 @@ class GraphRows:
         """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
         for tensor in values:
             kind, lies = KINDS.get(tensor.dtype), layout(tensor)
-            if kind is not None and lies is not None:
-                group = kind, lies.strided, tensor.data_ptr() % 16 == 0 and tensor.shape[-1:].numel() % 16 == 0
-                if group not in self._prepared and not self._state[0]:
+            if kind is None or lies is None or self._state[0]:
+                continue
+            for aligned in {False, tensor.data_ptr() % 16 == 0}:
+                group = kind, lies.strided, aligned
+                if group not in self._prepared:
                     self._prepared.add(group)
                     self._launch(tensor.dtype, group, 0, 1, 1)  # which does nothing: nothing is switched on
 
@@ -141,6 +150,7 @@ class GraphRows:
             self._shapes.append(Shape(tuple(tensor.shape), batch))
             entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:])
             groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
+        self._waits = True
         for (dtype, group), entries in groups.items():
             first, self._used_values = self._used_values, self._used_values + len(entries)
             if self._used_values > VALUES:
@@ -153,11 +163,11 @@ class GraphRows:
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
-        to but without `end` (-1: all)."""
-        state = (int(on), begin, end)
+        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
+        state = (1, begin, end) if on else (0, *self._state[1:])
         if state != self._state:
             self._state = state
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+            self._wait()
             kernels.set_control[(1,)](self._control, *state)
 
     def arrive(self) -> Arrival | None:
@@ -166,7 +176,7 @@ class GraphRows:
         count = len(self._slots)
         if not count:
             return None
-        torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        self._wait()
         out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
         kernels.finish[(count,)](self._rows, self._headers, out, RESET=True, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -174,6 +184,11 @@ class GraphRows:
         event = torch.Event(self.device)
         event.record()
         return Arrival(host, event, self._shapes, self._state[1:])
+
+    def _wait(self) -> None:
+        if self._waits:
+            self._waits = False
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
     def _slot(self, room: int) -> Slot:
         header, self._used_rows = self._used_rows, self._used_rows + room + 1

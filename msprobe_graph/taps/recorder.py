@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -34,6 +34,26 @@ MAX_DEPTH = 10
 _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
+ReplayedValue = tuple[TensorRecord, "Sequence[Slot]", torch.dtype]
+"""A value that a CUDA graph measures, and into which slots."""
+
+
+Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | None"]
+"""See Step.shared."""
+
+
+class Replayable(NamedTuple):
+    """What was recorded of a call that CUDA graphs replay."""
+
+    graph: GraphRows
+    slots: Sequence[Slot]
+    """One of them is written whenever the call is replayed."""
+    entries: dict[str, Entry]
+    holes: list[Hole]
+    values: list[ReplayedValue]
+    views: list[Shared]
+
+
 class Recorder:
     """Collects one step at a time.
 
@@ -47,6 +67,8 @@ class Recorder:
         self._checksum = {"md5": crc32, "xor": xor_checksum, "statistics": None}[settings.summary_mode]
         self._measures = settings.summary_mode != "xor"
         self._writer = writer
+        self.repeats = settings.keep_last is None
+        """Whether records may be filled in anew, as those of a step that was written."""
         self._measured = Measured()
         self.begin(0)
 
@@ -55,7 +77,8 @@ class Recorder:
         self._number = number
         self._rows = Rows()
         self._records: dict[int, TensorRecord] = {}
-        self._shared: list[tuple[TensorRecord, TensorRecord]] = []
+        self._shared: list[Shared] = []
+        self._replayed: list[ReplayedValue] = []
         self._provisional: list[Provisional] = []
         self._measured.begin()
         self.entries: dict[str, Entry] = {}
@@ -131,7 +154,7 @@ class Recorder:
         else:
             record = TensorRecord("torch.Tensor", same.dtype, tensor.shape, None, None, None, None, False)
             record.reason = same.reason
-            self._shared.append((same, record))
+            self._shared.append((same, record, None))
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, None, f"{stem}.pt"):
             record.data_name = f"{stem}.pt"
         return record
@@ -139,13 +162,13 @@ class Recorder:
     def replayed(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> TensorRecord:
         """The record of a value that a CUDA graph measures when it is replayed."""
         record = TensorRecord("torch.Tensor", _DTYPES[dtype], None, None, None, None, None, False)
-        self._records[self._rows.reserve(graph, slots, dtype)] = record
+        self._expect(graph, (record, slots, dtype))
         return record
 
     def view_of(self, record: TensorRecord, shape: tuple[int | None, ...]) -> TensorRecord:
         """The record of all elements of another one's value, in a shape of which one size may be open."""
-        view = TensorRecord("torch.Tensor", record.dtype, shape, None, None, None, None, False)
-        self._shared.append((record, view))
+        view = TensorRecord("torch.Tensor", record.dtype, None, None, None, None, None, False)
+        self._shared.append((record, view, shape))
         return view
 
     @contextmanager
@@ -158,14 +181,40 @@ class Recorder:
             self.entries.update(behind)
 
     @contextmanager
-    def if_replayed(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> Iterator[None]:
-        """What is recorded inside counts only if the slots turn out to have been written."""
-        row = self._rows.reserve(graph, slots, dtype)
-        entries, holes = len(self.entries), len(self.holes)
-        yield
-        names = list(self.entries)[entries:]
-        self._provisional.append(Provisional(row, names, self.holes[holes:]))
+    def if_replayed(self, graph: GraphRows, slots: Sequence[Slot]) -> Iterator[Replayable]:
+        """What is recorded inside counts only if one of the slots turns out to have been written. It can be recorded
+        again in later steps, with `repeat`."""
+        holes, values, views = len(self.holes), len(self._replayed), len(self._shared)
+        replayable = Replayable(graph, slots, {}, [], [], [])
+        behind, self.entries = self.entries, replayable.entries
+        try:
+            yield replayable
+        finally:
+            self.entries = behind
+        replayable.holes.extend(self.holes[holes:])
+        replayable.values.extend(self._replayed[values:])
+        replayable.views.extend(self._shared[views:])
         del self.holes[holes:]
+        self._provide(replayable)
+
+    def repeat(self, replayable: Replayable) -> None:
+        """Record again what an earlier step has recorded in `if_replayed`: the same entries, with this step's values.
+
+        Not for steps that a ring keeps, as their records would change."""
+        for value in replayable.values:
+            self._expect(replayable.graph, value)
+        self._shared.extend(replayable.views)
+        self._provide(replayable)
+
+    def _provide(self, replayable: Replayable) -> None:
+        row = self._rows.reserve(replayable.graph, replayable.slots, torch.float32)
+        self.entries.update(replayable.entries)
+        self._provisional.append(Provisional(row, list(replayable.entries), replayable.holes))
+
+    def _expect(self, graph: GraphRows, value: ReplayedValue) -> None:
+        record, slots, dtype = value
+        self._records[self._rows.reserve(graph, slots, dtype)] = record
+        self._replayed.append(value)
 
     def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from msprobe_graph.graph.elements import alike, disjoint, in_row_major, same_elements
+from msprobe_graph.graph.elements import alike, disjoint, in_row_major, part_of, same_elements
 
 MEMORY = torch.arange(48)
 
@@ -40,6 +40,25 @@ def test_the_same_elements_are_the_same_addresses_each_once(one: Tensor, other: 
         assert sorted(addresses(one)) == sorted(addresses(other)) == sorted(set(addresses(one)))
         if in_row_major(one) and in_row_major(other):
             assert addresses(one) == addresses(other)
+
+
+@given(tensors(), tensors())
+def test_a_part_is_what_narrow_gives(one: Tensor, other: Tensor) -> None:
+    place = part_of(one, other)
+    if place is not None and place[1] + place[2] <= other.shape[place[0]]:
+        assert torch.equal(other.narrow(*place), one)
+
+
+@given(tensors(), st.data())
+def test_what_narrow_gives_is_a_part(tensor: Tensor, data: st.DataObject) -> None:
+    if tensor.ndim and max(tensor.shape) > 1:
+        dim = data.draw(st.sampled_from([dim for dim, size in enumerate(tensor.shape) if size > 1]))
+        start = data.draw(st.integers(0, tensor.shape[dim] - 1))
+        length = data.draw(st.integers(1, min(tensor.shape[dim] - start, tensor.shape[dim] - 1)))
+        part = tensor.narrow(dim, start, length)
+        place = part_of(part, tensor)
+        assert place is not None
+        assert torch.equal(tensor.narrow(*place), part)
 
 
 @given(tensors())
@@ -76,3 +95,13 @@ def test_symbolic_sizes_are_compared_without_a_guard(inner: tuple[int, ...]) -> 
         assert in_row_major(view)
         assert alike(tensor, view) == (inner == (128,))
         assert len(shapes.guards) == before
+
+
+def test_a_part_of_a_batch_of_any_size() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    whole = mode.from_tensor(torch.zeros(5, 24))
+    query, key, _ = whole.split([12, 6, 6], dim=1)
+    assert part_of(key, whole) == (1, 12, 6)
+    assert part_of(query, whole) == (1, 0, 12)
+    assert part_of(whole, whole) is None
+    assert part_of(key.view(-1, 2, 3), whole) is None

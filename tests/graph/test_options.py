@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomSchedulerPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from msprobe_graph import flush, msprobe_backend
 from msprobe_graph.config import ConfigError
 from msprobe_graph.graph.inductor import inductor_config
+from msprobe_graph.graph.inductor_compat import SchedulerPass
 from msprobe_graph.graph.options import graph_options
 from msprobe_graph.graph.tap_op import TAP
 
@@ -182,7 +183,7 @@ class Marked(CustomGraphPass):
         return None
 
 
-class Scheduled(CustomSchedulerPass):
+class Scheduled(SchedulerPass):  # type: ignore[misc]
     def __init__(self) -> None:
         self.nodes = 0
 

@@ -34,11 +34,11 @@ from msprobe_graph.debugger.session import Session
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Hole
 from msprobe_graph.graph._compat import Retrace
-from msprobe_graph.graph.exact import ExactPass, Report
-from msprobe_graph.graph.full import FullPass, PinPass
+from msprobe_graph.graph.exact import Report
 from msprobe_graph.graph.handoff import Compiled, Taps, hand_on, tap_dynamo_graph
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions
+from msprobe_graph.graph.passes import EXACT, PIN, passes
 from msprobe_graph.graph.plan import fixed_in, node_of
 from msprobe_graph.graph.region import Region
 from msprobe_graph.version import __version__
@@ -50,8 +50,6 @@ CHOOSING = ("level", "scope", "list", "data_mode", "risk_level", "custom_op_name
 """The settings that tell which values are tapped."""
 SPLIT = "msprobe_graph::tap"
 """Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
-PIN, EXACT = "joint_custom_pre_pass", "_post_fusion_custom_pass"
-"""Inductor's slots for our passes; the third one is vLLM's."""
 REPLAYED = (
     "vLLM replays CUDA graphs, in which no %s: start it with --compilation-config "
     '\'{"cudagraph_mode": "NONE"}\' to have that, too'
@@ -202,13 +200,11 @@ class Pieces:
         inside = {ref: value for ref, value in taps.wanted.items() if ref not in between}
         tap_dynamo_graph(module, between)
         slots = backend.inductor_config
-        tap = ExactPass(inside, taps.digest, slots.get(EXACT), taps.boundary)
+        ours = passes(taps._replace(wanted=inside), tuple(filter(None, [slots.get(PIN)])), exact=slots.get(EXACT))
         if inside:
-            slots[PIN] = PinPass(inside, taps.digest, tuple(filter(None, [slots.get(PIN)])), taps.boundary)
-            keep = FullPass(inside, taps.digest, (), boundary=taps.boundary)
-            backend.pass_manager.add(CallableInductorPass(keep, keep.uuid()))
-            slots[EXACT] = tap
-        return tap.reports
+            slots[PIN], slots[EXACT] = ours.pin, ours.exact
+            backend.pass_manager.add(CallableInductorPass(ours.full, ours.full.uuid()))  # the third slot is vLLM's
+        return ours.exact.reports
 
 
 class Unsaved(SerializableCallable):

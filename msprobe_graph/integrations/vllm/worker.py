@@ -148,10 +148,18 @@ class WorkerCapture:
         self._models = {"": model}
         if self._graphs is not None:
             self._graphs.warm(model)
-        if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hook, too
+        runner = self._worker.model_runner
+        if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
+        if hasattr(runner, "_model_forward"):  # V1's; what it calls may be a CUDA graph, in which no hook runs
+            runner._model_forward = functools.partial(self._model_forward, runner._model_forward)
+        elif mode != CompilationMode.STOCK_TORCH_COMPILE:
             model.register_forward_pre_hook(lambda *_: self._within_step(self._resume), prepend=True)
         log.info("msprobe_graph captures the steps of rank %d (process %d)", self._rank, os.getpid())
+
+    def _model_forward(self, model_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._within_step(self._resume)
+        return model_forward(*args, **kwargs)
 
     def _begin(self, scheduler_output: Any) -> None:
         if self._scheduled is not None:  # what was to end it never came
@@ -187,7 +195,7 @@ class WorkerCapture:
             session.flush()
 
     def _within_step(self, act: Callable[[], Any]) -> None:
-        """For hooks on the model, which dummy runs call as well."""
+        """For what dummy runs call as well."""
         if self._scheduled is not None and self._captured:
             self._safely(act)
 
