@@ -155,7 +155,7 @@ class GraphRows:
             first, self._used_values = self._used_values, self._used_values + len(entries)
             if self._used_values > VALUES:
                 raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
-            with torch.cuda.stream(self._aside):
+            with self._beside():
                 for at, entry in enumerate(entries, first):
                     kernels.describe[(1,)](self._table, at, *entry)
             self._launch(dtype, group, first, len(entries), max(entry[4] for entry in entries))
@@ -185,6 +185,16 @@ class GraphRows:
         event.record()
         return Arrival(host, event, self._shapes, self._state[1:])
 
+    def _beside(self) -> torch.cuda.StreamContext:
+        """A context beside the graph that is being captured. There are few streams, so the one that was taken may come
+        to be the one that is captured: then another is taken. A capture begins when all else is done."""
+        while True:
+            with torch.cuda.stream(self._aside):
+                free = not torch.cuda.is_current_stream_capturing()
+            if free:
+                return torch.cuda.stream(self._aside)
+            self._aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
     def _wait(self) -> None:
         if self._waits:
             self._waits = False
@@ -196,7 +206,7 @@ class GraphRows:
             raise MemoryError(f"the parts of values in CUDA graphs take more than {ROWS} rows")
         slot = Slot(len(self._slots), header, room)
         self._slots.append(slot)
-        with torch.cuda.stream(self._aside):
+        with self._beside():
             kernels.put[(1,)](self._headers, slot.number, header)
         return slot
 

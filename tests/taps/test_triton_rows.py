@@ -403,6 +403,18 @@ def test_graphs_of_several_sizes_share_slots(sizes: tuple[int, ...]) -> None:
         assert [other for other in shared if step.arrival.slot(other) is not None] == [slot]
 
 
+def test_what_is_laid_out_beside_a_capture_is_never_part_of_it() -> None:
+    """torch hands out 32 streams in turn: one of these is the one in which torch.cuda.graph captures."""
+    tensor = numbers(torch.float32, 3, BLOCK)
+    for _ in range(33):
+        rows = GraphRows(DEVICE)
+        small = Graph(rows, [tensor[:1].to(DEVICE)])
+        large = Graph(rows, [tensor.to(DEVICE)], shared=small.slots)
+        step = Step(rows, small)
+        check_replayed(step[small.slots[0]], tensor[:1])
+        assert step.arrival.slot(large.slots[0]) is None
+
+
 def test_switched_off_nothing_is_measured() -> None:
     rows = GraphRows(DEVICE)
     assert rows.arrive() is None
