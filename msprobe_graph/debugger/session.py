@@ -34,6 +34,8 @@ from . import sessions, user_signal
 
 log = logging.getLogger("msprobe_graph")
 
+GRAPHS = "CUDA graphs"
+
 
 class Session:
     """Captures steps as `settings` say. Nothing is opened, and no folder made, before the first step that is wanted."""
@@ -110,7 +112,7 @@ class Session:
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()
-        self.replays.switch(True, *_rows_of(requests, cut))
+        self.boundary.attempt(GRAPHS, self.replays.switch, True, *_rows_of(requests, cut))
 
     def follow(self, running: Sequence[nn.Module]) -> None:
         """Capture the compiled graphs of the outermost of the modules that are `running`, innermost first, and the
@@ -125,6 +127,7 @@ class Session:
             capture.watch(models, running)
             self._dirty = self.capturing = True
             capture.context.on = True
+            self.boundary.attempt(GRAPHS, self.replays.switch, True)
 
     def context(self) -> Context | None:
         """What compiled graphs record with; None while nothing is captured."""
@@ -139,7 +142,7 @@ class Session:
         if self.capturing and self.capture is not None and self._writer is not None:
             self.capture.stop()
             self.capturing = False
-            self.replays.switch(False)
+            self.boundary.attempt(GRAPHS, self.replays.switch, False)
             self._writer.draft(partial(self._as_step, finished=False))
 
     def next_step(self) -> None:
@@ -255,6 +258,7 @@ class Session:
     def _as_step(self, finished: bool) -> Step:
         assert self._recorder is not None
         assert self.capture is not None
+        self.boundary.attempt("statistics on a GPU", self._recorder.seal, finished)
         expected, captured, holes = self.capture.sites()
         if self._at_max_steps():
             holes.append(Hole("later steps", f"max_steps ({self.settings.max_steps}) is reached"))

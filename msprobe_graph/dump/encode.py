@@ -61,6 +61,8 @@ def share(measured: TensorRecord, other: TensorRecord, shape: tuple[int | None, 
     """Give `other`, of the same values, the statistics of a record that is complete, and its own `shape` if one is
     given: a size that is open (None) follows from the number of elements."""
     other.reason = measured.reason
+    if shape is not None:
+        other.shape = None
     if measured.shape is not None and shape is not None:
         known = math.prod(size for size in shape if size is not None)
         open_size = math.prod(measured.shape) // known if known else 0

@@ -49,7 +49,8 @@ def part_of(one: object, other: object) -> tuple[int, int, int] | None:
     if not all(number.is_Integer for number in (moved, strides[dim], sizes[dim])):
         return None
     start, rest = divmod(int(moved), int(strides[dim]) or 1)
-    return None if rest or start < 0 else (dim, start, int(sizes[dim]))
+    fits = not others[dim].is_Integer or start + sizes[dim] <= others[dim]
+    return (dim, start, int(sizes[dim])) if fits and not rest and start >= 0 else None
 
 
 def disjoint(one: object, other: object) -> bool:

@@ -123,7 +123,7 @@ class Region:
             with recorder.if_replayed(frame.rows, next(iter(frame.slots.values()))) as replayable:
                 invocation = Invocation(self, context, inputs, frame)
                 invocation.finish([None] * frame.outputs)
-            frame.recorded = Recorded.of(replayable, invocation.calls, context)
+            frame.recorded = Recorded.of(replayable, invocation.calls, frame.lasting.values(), context)
         recorder.graphs[id(self)] = self.description
 
     def _lay_out(self, inputs: Sequence[Any], captured: bool) -> Any:
@@ -150,7 +150,7 @@ class Listener:
         self._frame = region.frames.of_round()
         if captured:
             plan, frame = region.plan, self._frame
-            lasting = {position for anchors in plan.anchors.values() for position, _ in anchors}
+            lasting = {position for position, each in enumerate(inputs) if isinstance(each, torch.nn.Parameter)}
             frame.whole, frame.inputs = True, len(inputs)
             frame.lasting = {position: inputs[position] for position in lasting}
             self._measure({ref: inputs[position] for ref, position in plan.inputs.items() if position not in lasting})
@@ -230,7 +230,9 @@ class Invocation:
         with unseen():
             if self._frame is not None and capturing():
                 seen = dict(zip(ids, values, strict=True))
-                self._frame.measure(self._region.plan.with_parts(seen), None)
+                padding = self._context.recorder.padding
+                padded = None if padding is None else padding.padded
+                self._frame.measure(self._region.plan.with_parts(seen), padded)
                 return
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,9 @@ class Recorded:
         self._versions = self._found_versions()
 
     @classmethod
-    def of(cls, replayable: Replayable, calls: Sequence[Named], context: Context) -> Recorded | None:
+    def of(
+        cls, replayable: Replayable, calls: Sequence[Named], lasting: Collection[torch.Tensor], context: Context
+    ) -> Recorded | None:
         """None where the next step may differ: calls are chosen by what went before, or records are kept."""
         if not (context.selection.everything and context.recorder.repeats):
             return None
@@ -54,12 +56,12 @@ class Recorded:
             if module is not None
             for weight in module.parameters(recurse=False)
         }
-        if any(weight.is_inference() for weight in weights.values()):  # these have no version
+        if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
             return None
         begins: dict[str, int] = {}
         for call in calls:
             begins.setdefault(call.prefix, call.number)
-        return cls(replayable, Counter(call.prefix for call in calls), begins, list(weights.values()))
+        return cls(replayable, Counter(call.prefix for call in calls), begins, [*weights.values(), *lasting])
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
@@ -88,7 +90,7 @@ class Frame:
         """By value id. More than one where graphs of several sizes can't share it."""
         self.dtypes: dict[int, torch.dtype] = {}
         self.lasting: dict[int, torch.Tensor] = {}
-        """By position: the region's inputs that no replay changes. None of them unless the call itself was captured."""
+        """By position: the region's inputs that are parameters. None of them unless the call itself was captured."""
         self.whole = False
         """The call itself was captured, not only what is inside: then a replay calls no region."""
         self.inputs = 0
@@ -170,6 +172,8 @@ class Replays:
         self._padded: int | None = None
         self._round = 0
         self._rows: dict[torch.device, GraphRows | None] = {}
+        self._switched = False, 0, -1
+        """As `switch` was told last."""
 
     def rows(self, inputs: Sequence[Any]) -> GraphRows | None:
         """Where graphs of a region with these inputs have their rows; None where they can't be followed."""
@@ -184,7 +188,9 @@ class Replays:
         if device.index is None:
             device = torch.device(device.type, torch.cuda.current_device())
         if device not in self._rows:
-            self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device)
+            made = self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device)
+            if made is not None:
+                made.switch(*self._switched)
         return self._rows[device]
 
     def begin_round(self, padded: int | None) -> None:
@@ -204,6 +210,7 @@ class Replays:
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """See `GraphRows.switch`."""
+        self._switched = on, begin, end
         for rows in self._rows.values():
             if rows is not None:
                 rows.switch(on, begin, end)

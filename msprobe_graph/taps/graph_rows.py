@@ -167,8 +167,9 @@ class GraphRows:
         state = (1, begin, end) if on else (0, *self._state[1:])
         if state != self._state:
             self._state = state
-            self._wait()
-            kernels.set_control[(1,)](self._control, *state)
+            with torch.cuda.device(self.device):
+                self._wait()
+                kernels.set_control[(1,)](self._control, *state)
 
     def arrive(self) -> Arrival | None:
         """Have the slots brought to the host as they are at this point of the current stream; they count anew from
@@ -176,6 +177,10 @@ class GraphRows:
         count = len(self._slots)
         if not count:
             return None
+        with torch.cuda.device(self.device):
+            return self._arrive(count)
+
+    def _arrive(self, count: int) -> Arrival:
         self._wait()
         out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
         kernels.finish[(count,)](self._rows, self._headers, out, RESET=True, num_warps=FINISHING_WARPS)
@@ -214,6 +219,7 @@ class GraphRows:
         self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
     ) -> None:
         kind, strided, aligned = group
+        # On the current device: what is captured, or prepared for that, is on this one.
         kernels.measure_listed[(most_parts, count)](
             self._table[first:], meaning(dtype, self.device) if kind.bytes else None, self._rows, self._control,
             ELEMENT=kind.element, STRIDED=strided, ALIGNED=aligned, **kind.constants, num_warps=WARPS,

@@ -49,8 +49,13 @@ class Measured:
         """Whether the weights have been probed in this step."""
 
     def begin(self) -> None:
-        """A new step: what is known of tensors long gone is forgotten, and the weights are to be probed again."""
-        self._others = {key: known for key, known in self._others.items() if known.tensor() is not None}
+        """A new step: what is known of tensors long gone is forgotten, and of those that can't be probed, because the
+        replay of a CUDA graph writes into the same tensors again. The weights are to be probed again."""
+        self._others = {
+            key: known
+            for key, known in self._others.items()
+            if known.fingerprint is not None and known.tensor() is not None
+        }
         self._probed = False
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:

@@ -23,7 +23,7 @@ from .checksum import crc32, xor_checksum
 from .measured import Known, Measured
 from .padding import Padding
 from .rows import Rows
-from .unmeasurable import Unmeasurable
+from .unmeasurable import Unmeasurable, refuse_captured
 
 if TYPE_CHECKING:
     from .graph_rows import GraphRows, Slot
@@ -89,11 +89,14 @@ class Recorder:
         self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
         """By id: what describes, when the step is over, a compiled graph that ran in it."""
 
+    def seal(self, finished: bool) -> None:
+        """See `Rows.seal`; to be called before `as_step`."""
+        self._rows.seal(finished)
+
     def as_step(
         self, finished: bool, expected: int, captured: int, late: Sequence[Entry], holes: Sequence[Hole]
     ) -> Step:
         """The step as it stands; `late` entries and `holes` are those that only its end tells."""
-        self._rows.seal(finished)
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
@@ -229,7 +232,8 @@ class Recorder:
         if known is not None and stem is None:
             record = known.record
             if record is None or record.requires_grad != tensor.requires_grad:
-                record = known.record = self._read(tensor, stem)
+                record = self._read(tensor, stem)
+                known.record = record if record.reason is msgspec.UNSET else None
             return record
         record = self._read(tensor, stem)
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):
@@ -245,6 +249,7 @@ class Recorder:
     def _read(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
         record = TensorRecord("torch.Tensor", _DTYPES[tensor.dtype], None, None, None, None, None, tensor.requires_grad)
         try:
+            refuse_captured(tensor)
             if self._measures:
                 self._records[self._rows.add(tensor)] = record
             if self._checksum is not None:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import struct
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,6 @@ from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
 if TYPE_CHECKING:
     from .graph_rows import Arrival, GraphRows, Slot
     from .triton_rows import TritonRows
-
-CAPTURED = "it is computed while a CUDA graph is captured, which computes nothing"
 
 CHUNK = 1024
 """Rows that are allocated at once; the memory of a row never moves."""
@@ -48,7 +47,9 @@ class Rows:
         # Rows that lie on a device until fetch() puts them into their places, with their numbers.
         self._elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
         # Rows that Triton kernels make, with the numbers that they have here.
-        self._on_gpus: dict[torch.device, tuple[TritonRows, list[int]]] = {}
+        self._on_gpus: dict[tuple[torch.device, int], tuple[TritonRows, list[int]]] = {}
+        """By stream."""
+        self._lock = threading.Lock()
         self._reserved: dict[int, tuple[GraphRows, Sequence[Slot]]] = {}
         self._arrivals: dict[GraphRows, Arrival | None] = {}
 
@@ -78,14 +79,15 @@ class Rows:
         number = next(self._numbers)
         self._dtypes[number] = dtype
         self._grow(number)
-        self._reserved[number] = graph, slots
+        self._reserved[number] = graph, tuple(slots)  # as they are now
         return number
 
     def seal(self, finished: bool) -> None:
         """Have the GPUs bring to the host what they have measured so far, without waiting for it, and what their graphs
         have if the step is `finished`. To be called in the stream's order."""
-        for rows, _ in self._on_gpus.values():
-            rows.seal()
+        with self._lock:
+            for rows, _ in self._on_gpus.values():
+                rows.seal()
         if finished:
             for graph, _ in self._reserved.values():
                 if graph not in self._arrivals:
@@ -127,8 +129,6 @@ class Rows:
     def _add_elsewhere(self, tensor: torch.Tensor) -> int:
         """A tensor that the C code doesn't read."""
         refuse_unmeasurable(tensor)
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise Unmeasurable(CAPTURED)
         dtype = tensor.dtype
         if dtype.is_complex:
             return self.add(portable.absolute(tensor))
@@ -147,16 +147,18 @@ class Rows:
     def _add_on_gpu(self, tensor: torch.Tensor) -> int:
         from .triton_rows import TritonRows
 
-        known = self._on_gpus.get(tensor.device)
-        if known is None:
-            known = self._on_gpus[tensor.device] = TritonRows(tensor.device), []
-        rows, numbers = known
-        number = next(self._numbers)
-        self._dtypes[number] = tensor.dtype
-        self._grow(number)
-        rows.add(tensor.detach().resolve_neg())
-        numbers.append(number)
-        return number
+        with self._lock:
+            stream = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
+            known = self._on_gpus.get(stream)
+            if known is None:
+                known = self._on_gpus[stream] = TritonRows(tensor.device), []
+            rows, numbers = known
+            number = next(self._numbers)
+            self._dtypes[number] = tensor.dtype
+            self._grow(number)
+            rows.add(tensor.detach().resolve_neg())
+            numbers.append(number)
+            return number
 
     def _grow(self, number: int) -> None:
         """Allocate up to row `number`. A new row is 64 bytes of zeros, which is the row of an empty tensor."""

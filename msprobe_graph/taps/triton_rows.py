@@ -121,10 +121,12 @@ def meaning(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class TritonRows:
-    """The rows of one step on one GPU. Nothing here waits for it but `fetch`."""
+    """The rows of one step that one stream of a GPU writes: the one that is current where they are made. Nothing here
+    waits for it but `fetch`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._stream = torch.cuda.current_stream(device)
         self._chunks: list[torch.Tensor] = []
         self._used = CHUNK
         """Rows of the last chunk that are taken."""
@@ -141,6 +143,11 @@ class TritonRows:
         lies = layout(tensor)
         if lies is None:
             tensor, lies = tensor.contiguous(), DENSE
+        with torch.cuda.stream(self._stream):  # and with that on its device, whichever is the current one
+            self._measure(tensor, table, kind, lies)
+        return len(self._headers) - 1
+
+    def _measure(self, tensor: torch.Tensor, table: torch.Tensor | None, kind: Kind, lies: Layout) -> None:
         count = tensor.numel()
         number_of_parts, each = parts(count, kind.block)
         chunk, header = self._take(number_of_parts + 1)
@@ -149,13 +156,15 @@ class TritonRows:
             STRIDED=lies.strided, **kind.constants, num_warps=WARPS,
         )  # fmt: skip
         self._headers.append((len(self._chunks) - 1, header))
-        return len(self._headers) - 1
 
     def seal(self) -> None:
-        """Have what was measured so far brought to the host, behind the work that measures it."""
+        """Have what was measured so far brought to the host, behind the work that measures it. In any thread."""
         count = len(self._headers)
-        if not count or (self._sealed is not None and self._sealed[2] == count):
-            return
+        if count and (self._sealed is None or self._sealed[2] != count):
+            with torch.cuda.stream(self._stream):
+                self._seal(count)
+
+    def _seal(self, count: int) -> None:
         out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
         headers = torch.tensor([header for _, header in self._headers], dtype=torch.int64, pin_memory=True)
         headers = headers.to(self.device, non_blocking=True)

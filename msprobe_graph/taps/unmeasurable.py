@@ -40,6 +40,13 @@ def refuse_unmeasurable(tensor: torch.Tensor) -> None:
         raise Unmeasurable(f"a {type(tensor).__name__} has no memory of its own")
 
 
+def refuse_captured(tensor: torch.Tensor) -> None:
+    """Refuse to read what only becomes part of a CUDA graph now: it has no values yet, and to ask for them would end
+    the capture."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise Unmeasurable("it is computed while a CUDA graph is captured, which computes nothing")
+
+
 def address_of(tensor: torch.Tensor) -> int:
     """Where the first element of a CPU tensor lies. Refuses what `refuse_unmeasurable` refuses, but in 0.3 us."""
     if type(tensor) in PLAIN and not tensor.is_nested:

@@ -87,7 +87,9 @@ class GraphCapture:
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
         if self._replays_graphs():
             self._session.replays.listening = True
-            self._rounds = model.register_forward_pre_hook(lambda *_: self._begin_round(model))
+            self._rounds = model.register_forward_pre_hook(
+                lambda *_: self._session.boundary.attempt("a round of vLLM's", self._begin_round, model)
+            )
 
     def warm(self, model: nn.Module) -> None:
         """All is compiled, or taken from vLLM's cache, and captured in CUDA graphs if it is to be."""
