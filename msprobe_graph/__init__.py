@@ -18,18 +18,32 @@ from typing import TYPE_CHECKING, Any
 from msprobe_graph.version import __version__
 
 if TYPE_CHECKING:
+    from msprobe_graph.debugger.acl_graph_dumper import AclGraphDumper
     from msprobe_graph.debugger.graph_backend import msprobe_backend
     from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
     from msprobe_graph.debugger.save_tensor import acl_save, save_tensor
     from msprobe_graph.debugger.seeds import seed_all
     from msprobe_graph.debugger.sessions import flush
+    from msprobe_graph.integrations.msprobe import install_as_msprobe
 
-__all__ = ["PrecisionDebugger", "__version__", "acl_save", "flush", "msprobe_backend", "save_tensor", "seed_all"]
+__all__ = [
+    "AclGraphDumper",
+    "PrecisionDebugger",
+    "__version__",
+    "acl_save",
+    "flush",
+    "install_as_msprobe",
+    "msprobe_backend",
+    "save_tensor",
+    "seed_all",
+]
 
 _HOMES = {
+    "AclGraphDumper": "debugger.acl_graph_dumper",
     "PrecisionDebugger": "debugger.precision_debugger",
     "acl_save": "debugger.save_tensor",
     "flush": "debugger.sessions",
+    "install_as_msprobe": "integrations.msprobe",
     "msprobe_backend": "debugger.graph_backend",
     "save_tensor": "debugger.save_tensor",
     "seed_all": "debugger.seeds",

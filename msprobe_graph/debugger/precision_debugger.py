@@ -104,10 +104,16 @@ class PrecisionDebugger:
             self._tokens = None
         self.session.pause()
 
-    def step(self) -> None:
-        """The step is over: its dump is written, and what comes next belongs to the next step."""
+    def step(self, dump: bool = True) -> None:
+        """The step is over: its dump is written, and what comes next belongs to the next step.
+
+        dump: False if it was none: a dummy run, say. What was captured is forgotten, and the next step gets its number.
+        """
         running = self.session.capturing
-        self.session.next_step()
+        if dump:
+            self.session.next_step()
+        else:
+            self.session.drop_step()
         if running:
             self.start()
 

@@ -155,8 +155,20 @@ class Session:
             with self._recorder.in_front():
                 self.replays.record(self.capture.context)
             self._writer.submit(self._as_step(finished=True))
-        self._dirty = False
         self.step += 1
+        self._begin_step()
+
+    def drop_step(self) -> None:
+        """What the running step has captured is forgotten, and captured anew under the same number."""
+        self.pause()
+        if self._dirty and self._writer is not None and self._recorder is not None:
+            self._writer.drop(self.step)
+            self._recorder.forget()
+        self.boundary.attempt(GRAPHS, self.replays.forget)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._dirty = False
         if self.capture is not None and self._recorder is not None:
             self._recorder.begin(self.step)
             self.capture.begin_step(self.step)
@@ -197,7 +209,7 @@ class Session:
     def close(self) -> None:
         """The end: the running step is finished, everything is on disk, and what is missing is said."""
         self._end("the session was closed")
-        if self._dirty:
+        if self._dirty and not self._idle():
             self.next_step()
         self._unwatch_signal()
         self.fire("request")
@@ -215,6 +227,11 @@ class Session:
             self._ended = True
             self.leave()
             log.log(level, "capture into %s has ended: %s", self.settings.dump_path, reason)
+
+    def _idle(self) -> bool:
+        """Whether the running step only began because the last one ended."""
+        unused = self._recorder is None or not (self._recorder.entries or self._recorder.saved)
+        return unused and self._captured_steps > 0 and not self.replays.regions
 
     def _at_max_steps(self) -> bool:
         return self.settings.max_steps is not None and self._captured_steps >= self.settings.max_steps

@@ -59,6 +59,11 @@ class Ring:
         """Keep a file of the step that runs."""
         self._files.append(file)
 
+    def drop(self) -> list[File]:
+        """Give back the files of the step that runs: it is to be forgotten."""
+        files, self._files = self._files, []
+        return files
+
     def end(self, step: Step) -> Flushed | None:
         """Keep a step that is over, its statistics complete, with its files. Gives what it fires, if it does.
 

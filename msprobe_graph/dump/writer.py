@@ -14,7 +14,8 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -25,7 +26,7 @@ from .encode import complete, document, fields, refuse, share, tree
 from .folder import TENSOR_FOLDER, step_folder, write_whole
 from .manifest import Provenance, manifest
 from .records import Flushed, Hole, Step
-from .ring import Kept, Ring, free_memory
+from .ring import Ring, free_memory
 from .saved import File, Saved
 from .stack import Stacks
 
@@ -55,7 +56,13 @@ class _Fire(msgspec.Struct):
     running: bool
 
 
-_Job = File | Step | _Fire | _Wake | _Flush
+class _Drop(msgspec.Struct):
+    """What has come of the step that runs is not wanted."""
+
+    step: int
+
+
+_Job = File | Step | _Drop | _Fire | _Wake | _Flush
 
 
 class Writer:
@@ -162,6 +169,12 @@ class Writer:
             self._queued_steps += 1
         self._jobs.put(step)
 
+    def drop(self, step: int) -> None:
+        """Forget what has come of a step that runs, as if it had not begun."""
+        with self._room:
+            self._draft = None
+        self._jobs.put(_Drop(step))
+
     def fire(self, flushed: Flushed, running: bool) -> None:
         """Have all that the ring keeps written and, if its step is still `running`, that one too when it ends. May be
         called in a signal handler: it doesn't wait."""
@@ -214,7 +227,7 @@ class Writer:
                     self._boundary.attempt(str(self.dump_path), self._take, job)
                 self._done(job)
 
-    def _done(self, job: File | Step | _Fire) -> None:
+    def _done(self, job: File | Step | _Drop | _Fire) -> None:
         with self._room:
             if isinstance(job, Step):
                 self._queued_steps -= 1
@@ -224,11 +237,18 @@ class Writer:
                     job.saved.value = None
             self._room.notify_all()
 
-    def _take(self, job: File | Step | _Fire) -> None:
+    def _take(self, job: File | Step | _Drop | _Fire) -> None:
         ring = self._ring
         if isinstance(job, _Fire):
             if ring is not None:
                 self._let_go(ring, ring.fire(job.flushed, job.running))
+        elif isinstance(job, _Drop):
+            if ring is None:
+                shutil.rmtree(self.folder(job.step), ignore_errors=True)
+                with suppress(OSError):  # other processes have it, too
+                    self.folder(job.step).parent.rmdir()
+            else:
+                self._forget(ring.drop())
         elif isinstance(job, File):
             if ring is None:
                 self._write(job)
@@ -241,7 +261,7 @@ class Writer:
             _complete(job)
             fired = ring.end(job)
             while len(ring.kept) > ring.keep_last:
-                self._drop(ring.kept.popleft())
+                self._forget(ring.kept.popleft().files)
             if fired is not None:
                 self._let_go(ring, fired)
 
@@ -269,12 +289,12 @@ class Writer:
                     ring.keep_last,
                     self.max_bytes,
                 )
-            self._drop(ring.kept.popleft())
+            self._forget(ring.kept.popleft().files)
 
-    def _drop(self, kept: Kept) -> None:
-        """Forget a step; the bytes that no step needs any more are free again."""
+    def _forget(self, files: Iterable[File]) -> None:
+        """Let go of files of the ring; the bytes that no step needs any more are free again."""
         with self._room:
-            for file in kept.files:
+            for file in files:
                 saved = file.saved
                 saved.wanted -= 1
                 if not saved.wanted and saved.value is not None:

@@ -215,6 +215,12 @@ class Replays:
             if rows is not None:
                 rows.switch(on, begin, end)
 
+    def forget(self) -> None:
+        """What was replayed since the last step counts for none."""
+        for rows in self._rows.values():
+            if rows is not None:
+                rows.arrive()
+
     def record(self, context: Context) -> None:
         """The step is over: record what may have been replayed in it."""
         for reference in self.regions:

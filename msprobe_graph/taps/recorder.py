@@ -69,8 +69,12 @@ class Recorder:
         self._writer = writer
         self.repeats = settings.keep_last is None
         """Whether records may be filled in anew, as those of a step that was written."""
-        self._measured = Measured()
+        self.forget()
         self.begin(0)
+
+    def forget(self) -> None:
+        """What the running step has measured will not be known: it is to be measured again."""
+        self._measured = Measured()
 
     def begin(self, number: int) -> None:
         """Start step `number` with nothing in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from msprobe_graph import install_as_msprobe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +28,17 @@ def _one_thread() -> Iterator[None]:
         yield
     torch.set_num_threads = set_num_threads  # vLLM has put something else there
     set_num_threads(threads)
+
+
+@pytest.fixture
+def as_msprobe() -> Iterator[None]:
+    """``msprobe.pytorch`` is ours, for one test."""
+    if importlib.util.find_spec("msprobe") is not None:
+        pytest.skip("msProbe is installed")
+    assert install_as_msprobe()
+    yield
+    for name in ("msprobe.pytorch", "msprobe"):
+        sys.modules.pop(name)
 
 
 @pytest.fixture(scope="package")

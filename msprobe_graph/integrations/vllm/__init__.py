@@ -15,6 +15,8 @@ from typing import Any
 
 CONFIG_VARIABLE = "MSPROBE_GRAPH_CONFIG"
 """Environment variable that names the config file; what --additional-config says goes before it."""
+REPLACE_VARIABLE = "MSPROBE_GRAPH_AS_MSPROBE"
+"""Environment variable that, set to 1, has vllm-ascend capture with ours even where msProbe is installed."""
 CONFIG_PATH_KEY = "dump_config_path"
 CONFIG_KEY = "dump_config"
 
@@ -47,11 +49,36 @@ def attach(worker: Any) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.device_type == "npu":
-        log.info("msprobe_graph leaves this worker alone: vllm-ascend captures by itself")
+        _serve_vllm_ascend(worker.vllm_config)
         return
     from .worker import WorkerCapture
 
     WorkerCapture(worker, config)
+
+
+def _serve_vllm_ascend(vllm_config: Any) -> None:
+    """vllm-ascend captures by itself, if additional_config says so: all that it needs is a debugger to import."""
+    from msprobe_graph.dump.folder import RUN_VARIABLE
+    from msprobe_graph.integrations.msprobe import install_as_msprobe
+
+    given = vllm_config.additional_config
+    if not isinstance(given, Mapping) or not {CONFIG_PATH_KEY, CONFIG_KEY} & given.keys():
+        log.warning(
+            "%s is set, but vllm-ascend is asked to capture with --additional-config '{\"%s\": ...}' only",
+            CONFIG_VARIABLE,
+            CONFIG_PATH_KEY,
+        )
+    os.environ.setdefault(RUN_VARIABLE, run_name(vllm_config))  # vllm-ascend's calls can't tell it
+    if install_as_msprobe(replace=os.environ.get(REPLACE_VARIABLE) == "1"):
+        log.info("vllm-ascend captures the steps of this worker by msprobe_graph")
+    else:
+        log.info("vllm-ascend captures the steps of this worker by msProbe; %s=1 changes that", REPLACE_VARIABLE)
+
+
+def run_name(vllm_config: Any) -> str:
+    """A name for the run that all of its workers know, data-parallel ones (``<instance>_dp1``) included."""
+    instance: str = vllm_config.instance_id.partition("_dp")[0]
+    return f"vllm-{instance}"
 
 
 def requested(additional_config: Any) -> str | dict[str, Any] | None:

@@ -15,7 +15,7 @@ from msprobe_graph.debugger.precision_debugger import PrecisionDebugger
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Request
 
-from . import log
+from . import log, run_name
 from .batch import client_name, padded_rows, requests, row_order
 from .compiled import heed_hooks
 
@@ -43,7 +43,7 @@ class WorkerCapture:
     def __init__(self, worker: Any, config: str | Mapping[str, Any]) -> None:
         """Raises ConfigError for a wrong config."""
         self._worker = worker
-        self._debugger = PrecisionDebugger(config, run=_run(worker.vllm_config))
+        self._debugger = PrecisionDebugger(config, run=run_name(worker.vllm_config))
         self._rank = self._debugger.session.rank = _global_rank(worker)
         self._models: Mapping[str, nn.Module] = {}
         self._warm = False
@@ -237,9 +237,3 @@ def _global_rank(worker: Any) -> int:
     if parallel.distributed_executor_backend == "external_launcher":  # which counts over all of them
         return rank
     return int(parallel.data_parallel_index * parallel.world_size) + rank
-
-
-def _run(vllm_config: Any) -> str:
-    """A name for the run that all of its workers know, data-parallel ones (``<instance>_dp1``) included."""
-    instance: str = vllm_config.instance_id.partition("_dp")[0]
-    return f"vllm-{instance}"
