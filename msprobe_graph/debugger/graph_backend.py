@@ -10,6 +10,7 @@ from torch import fx
 
 from msprobe_graph.config import ConfigError, load_settings
 from msprobe_graph.eager.context import Context
+from msprobe_graph.graph import ascend
 from msprobe_graph.graph._compat import module_calls
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions, graph_options
@@ -39,7 +40,7 @@ def msprobe_backend(
     "config.json"})``. `options`: see GraphOptions; what is not listed there is the inner backend's. Raises ConfigError,
     one sentence, for a wrong option and where neither says what to capture.
     """
-    asked = graph_options(options, mode)
+    asked = graph_options(options, mode, ascend.preferred(inputs))
     if asked.config_path is None:
         open_sessions = sessions.opened(Session)
         if not open_sessions:

@@ -64,6 +64,10 @@ def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: 
         from .inductor import compile_with_taps
 
         return compile_with_taps(module, inputs, taps, options)
+    if inner in ("npugraph_ex", "torchair"):
+        from . import ascend
+
+        return ascend.compile_with_taps(module, inputs, taps, options)
     if isinstance(inner, Tappable):
         return inner.compile_with_taps(module, inputs, taps)
     backend = registered_backend(inner) if isinstance(inner, str) else inner
@@ -77,12 +81,18 @@ def hand_on(module: fx.GraphModule, inputs: Sequence[Any], taps: Taps, options: 
     if inner == "aot_eager":
         tapped = _tapped_by(FullPass(taps.wanted, taps.digest, boundary=taps.boundary))
         return Compiled(backend(module, inputs, fw_compiler=tapped, bw_compiler=tapped, **arguments))
-    tap_dynamo_graph(module, taps.wanted)
     name = inner if isinstance(inner, str) else getattr(inner, "__name__", str(inner))
-    remarks = [] if inner == "eager" else [AT_DYNAMO_LEVEL.format(name)]
-    if any(ref % 2 for ref in taps.wanted):
-        remarks.append(NO_BACKWARD.format(name))
+    remarks = tap_in_front(module, taps, name)
     return Compiled(backend(module, inputs, **arguments), remarks)
+
+
+def tap_in_front(module: fx.GraphModule, taps: Taps, inner: str) -> list[str]:
+    """Put taps into dynamo's own graph, for an inner backend that has no better place; what is to be said of that."""
+    tap_dynamo_graph(module, taps.wanted)
+    remarks = [] if inner == "eager" else [AT_DYNAMO_LEVEL.format(inner)]
+    if any(ref % 2 for ref in taps.wanted):
+        remarks.append(NO_BACKWARD.format(inner))
+    return remarks
 
 
 def _tapped_by(tap: FullPass) -> Callable[..., Any]:

@@ -24,7 +24,8 @@ class GraphOptions(msgspec.Struct, frozen=True):
 
     config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None
     inner: Inner = "inductor"
-    """What compiles: the name of a dynamo backend or a callable."""
+    """What compiles: the name of a dynamo backend or a callable. On an NPU, where nobody says, npugraph_ex or torchair,
+    whichever is there."""
     fidelity: Fidelity = "exact"
     """exact: the values that the compiled program holds in memory anyway, its kernels unchanged. full: all of them,
     which changes the kernels."""
@@ -41,8 +42,9 @@ class GraphOptions(msgspec.Struct, frozen=True):
 OURS = tuple(name for name in GraphOptions.__struct_fields__ if name != "inner_options")
 
 
-def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphOptions:
-    """`options` and `mode` as torch.compile hands them over; ConfigError, one sentence, for a wrong one."""
+def graph_options(options: Mapping[str, Any] | None, mode: str | None, inner: str | None = None) -> GraphOptions:
+    """`options` and `mode` as torch.compile hands them over; ConfigError, one sentence, for a wrong one. `inner`: what
+    compiles where the options don't say."""
     given = dict(options or {})
     ours = {name: given.pop(name) for name in OURS if name in given}
     for name in given:
@@ -54,7 +56,7 @@ def graph_options(options: Mapping[str, Any] | None, mode: str | None) -> GraphO
         raise ConfigError(
             f"backend msprobe: the option fidelity is {fidelity!r}; it is one of {', '.join(get_args(Fidelity))}"
         )
-    inner = ours.get("inner", "inductor")
+    inner = ours.setdefault("inner", inner or "inductor")
     if not isinstance(inner, str) and not callable(inner):
         raise ConfigError(f"backend msprobe: the option inner is {inner!r}; it is a backend's name or a callable")
     modules = ours.get("full_modules", ())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode
 
-from .released import NOTHING, Given, Wheel, run
+from ..released import NOTHING, Given, Wheel, run
 
 RUNNER = "vllm_ascend/worker/model_runner_v1.py"
 GRAPHS = "vllm_ascend/compilation/acl_graph.py"

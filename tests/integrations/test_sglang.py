@@ -20,7 +20,7 @@ from torch import nn
 
 from msprobe_graph.dump.reader import read, steps
 
-from .released import NOTHING, Given, Wheel
+from ..released import NOTHING, Given, Wheel
 
 MAKER = "sglang/srt/model_executor/model_runner_components/misc_utils.py"
 RUNNER = "sglang/srt/model_executor/model_runner.py"

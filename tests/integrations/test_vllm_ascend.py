@@ -15,7 +15,7 @@ import torch
 from msprobe_graph import PrecisionDebugger
 from msprobe_graph.dump.reader import StepDump, read, steps
 
-from .released import Wheel
+from ..released import Wheel
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)

@@ -105,6 +105,30 @@ class Wheel:
         with zipfile.ZipFile(self._file) as archive:
             return archive.read(path).decode()
 
+    def unpack(self, folder: str, into: Path) -> Path:
+        """The Python files below `folder` of the wheel, and where they are now."""
+        with zipfile.ZipFile(self._file) as archive:
+            for name in archive.namelist():
+                if name.startswith(f"{folder}/") and name.endswith(".py"):
+                    archive.extract(name, into)
+        return into / folder
+
+    def arguments(self, path: str, function: str) -> list[str]:
+        """What a function, "name" or "Class.method", of the module at `path` takes; ``*`` and ``**`` before what
+        collects the rest."""
+        nodes = [ast.parse(self.text(path))] if "." not in function else self.body(path, function.rpartition(".")[0])
+        (found,) = (
+            node
+            for root in nodes
+            for node in ast.walk(root)
+            if isinstance(node, ast.FunctionDef) and node.name == function.rpartition(".")[2]
+        )
+        given = found.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args)]
+        names += [f"*{given.vararg.arg}"] if given.vararg else []
+        names += [each.arg for each in given.kwonlyargs]
+        return names + ([f"**{given.kwarg.arg}"] if given.kwarg else [])
+
     def module(self, path: str, names: Collection[str], **standing_in: Any) -> dict[str, Any]:
         """The namespace of the module at `path` with its imports and those of its classes and functions that are
         `names`. A class can be cut down to some of its members: "Class.method", without its bases."""
