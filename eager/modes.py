@@ -5,6 +5,7 @@ No torch function is patched, so functions that a program imported by name are s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,14 @@ from ._compat import compiler_at_work, on_stack, put_on_stack, take_off_stack
 
 Record = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Records a call of a name and a function with its arguments: makes it, and returns what it returns."""
+
+
+class Thread(threading.local):
+    """What a mode is to know of the thread that it is called on."""
+
+    def __init__(self) -> None:
+        self.in_graph = False
+        """A compiled graph runs: autograd's threads for devices have the modes of the thread that began a backward."""
 
 
 class ApiMode(TorchFunctionMode):
@@ -36,6 +45,7 @@ class ApiMode(TorchFunctionMode):
         """False lets every call pass unseen."""
         self.handling = 0
         """How many calls are being handled: the mode is off the stack meanwhile."""
+        self.thread = Thread()
 
     def __torch_function__(
         self,
@@ -46,7 +56,7 @@ class ApiMode(TorchFunctionMode):
     ) -> Any:
         # In a compiled region this is traced, and nothing of ours may end up in the compiled program; what a compiler
         # itself computes, as when a backward pass is compiled at its first run, is no part of the program.
-        if torch.compiler.is_compiling() or compiler_at_work():
+        if torch.compiler.is_compiling() or compiler_at_work() or self.thread.in_graph:
             return func(*args, **(kwargs or {}))
         self.handling += 1
         try:
@@ -151,6 +161,17 @@ class ModeSwitch:
             yield
         finally:
             self.mode.active = before
+
+    @contextmanager
+    def unseen_on_this_thread(self) -> Iterator[None]:
+        """A context in which the function mode sees nothing of what this thread does."""
+        assert isinstance(self.mode, ApiMode)
+        thread = self.mode.thread
+        outer, thread.in_graph = thread.in_graph, True
+        try:
+            yield
+        finally:
+            thread.in_graph = outer
 
     def turn_off(self) -> None:
         self.mode.active = False

@@ -106,7 +106,8 @@ class Stretches:
     def graph(self) -> Iterator[None]:
         """A context in which a compiled graph runs."""
         if get_ident() != self._thread:
-            yield
+            with self._mode.unseen_on_this_thread():
+                yield
             return
         outer, self._in_graph = self._in_graph, True
         try:

@@ -20,17 +20,18 @@ def absolute(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(tensor: torch.Tensor, real: torch.dtype) -> torch.Tensor:
+def measure(tensor: torch.Tensor, real: torch.dtype, counted: torch.Tensor | None = None) -> torch.Tensor:
     """The row of a real `tensor`: an int64 tensor of shape [8] on its device, laid out as `statistics.ROW`.
 
     Its float64 fields are there as their bits.
     `real` is `precision(tensor)`. With float32 the first four fields hold the bits of a float32, which `widen` turns
-    into those of a float64.
+    into those of a float64. counted: which elements are looked at, booleans of the same shape; None for all.
     """
     values = tensor.detach().reshape(-1)
     if values.numel() == 0:
         return torch.zeros(8, dtype=torch.int64, device=values.device)
-    moments, counts = (_floats if values.dtype.is_floating_point else _integers)(values, real)
+    mask = None if counted is None else counted.reshape(-1)
+    moments, counts = (_floats if values.dtype.is_floating_point else _integers)(values, real, mask)
     bits = torch.int64 if real is torch.float64 else torch.int32
     return torch.cat([torch.stack(moments).view(bits).to(torch.int64), torch.stack(counts)])
 
@@ -41,9 +42,13 @@ def widen(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([moments.view(torch.int64), rows[:, 4:]], dim=1)
 
 
-def _floats(values: torch.Tensor, real: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _floats(
+    values: torch.Tensor, real: torch.dtype, counted: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     values = values.to(real)
-    finite = values.isfinite()
+    if counted is not None:
+        values = torch.where(counted, values, 0)
+    finite = values.isfinite() if counted is None else values.isfinite() & counted
     count = finite.sum()
     high = torch.where(finite, values, -torch.inf).amax()
     low = torch.where(finite, values, torch.inf).amin()
@@ -51,14 +56,23 @@ def _floats(values: torch.Tensor, real: torch.dtype) -> tuple[list[torch.Tensor]
     return moments, [values.isnan().sum(), values.isposinf().sum(), values.isneginf().sum(), count]
 
 
-def _integers(values: torch.Tensor, real: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _integers(
+    values: torch.Tensor, real: torch.dtype, counted: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     # An uint64 keeps its bits; with the highest one flipped its order is that of an int64.
     flip = torch.iinfo(torch.int64).min if values.dtype is torch.uint64 else 0
     exact = values.to(torch.int64) ^ flip
-    high, low = exact.amax() ^ flip, exact.amin() ^ flip
     real_values = values.to(real)
-    real_high, real_low = real_values.amax(), real_values.amin()
-    count = torch.full_like(high, values.numel())
+    highest, lowest, count = exact, exact, torch.full_like(exact[0], values.numel())
+    real_highest, real_lowest = real_values, real_values
+    if counted is not None:
+        limits = torch.iinfo(torch.int64)
+        highest, lowest = torch.where(counted, exact, limits.min), torch.where(counted, exact, limits.max)
+        real_highest = torch.where(counted, real_values, -torch.inf)
+        real_lowest = torch.where(counted, real_values, torch.inf)
+        real_values, count = torch.where(counted, real_values, 0), counted.sum()
+    high, low = highest.amax() ^ flip, lowest.amin() ^ flip
+    real_high, real_low = real_highest.amax(), real_lowest.amin()
     moments = [real_high, real_low, *_mean_and_norm(real_values, count, real_high, real_low)]
     return moments, [high, low, torch.zeros_like(high), count]
 

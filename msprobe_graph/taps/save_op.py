@@ -13,6 +13,7 @@ So code that autograd records calls ``save_effect``, other code ``save``.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from functools import cache
@@ -21,15 +22,17 @@ import torch
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op  # private; tested with torch 2.13
 from torch.fx.node import has_side_effect
 
-from msprobe_graph.dump.tensor_files import Host, TensorFiles
+from msprobe_graph.dump.tensor_files import TensorFiles
 
 from ._inductor import keep_order
+from .device import of as device_of
 
 log = logging.getLogger("msprobe_graph")
 
 files = TensorFiles()
 """This process's. An operator is reached by its name alone, from code that was compiled before this process began."""
 os.register_at_fork(after_in_child=files.restart)
+_captured = itertools.count()
 
 
 def refuse(x: torch.Tensor) -> None:
@@ -50,34 +53,31 @@ def refuse(x: torch.Tensor) -> None:
 
 
 def _save(x: torch.Tensor, path: str) -> None:
-    if _capturing(x.device):
+    device = device_of(x.device)
+    if not device.capturing():
+        files.save(path, x.numel() * x.element_size(), lambda: device.to_host(x))
+    elif not _save_in_graph(x, path):
         _say_captured(x.device)
-    else:
-        files.save(path, x.numel() * x.element_size(), lambda: _to_host(x))
 
 
-def _to_host(x: torch.Tensor) -> Host:
-    """A contiguous copy that holds nothing but the values of `x`, as they are at this point of its stream."""
-    with torch.no_grad():
-        if x.device.type == "cpu":
-            return torch.empty(x.shape, dtype=x.dtype, device="cpu").copy_(x), _arrived
-        copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
-        copy.copy_(x, non_blocking=True)
-    event = torch.Event(x.device)
-    event.record(torch.accelerator.current_stream(x.device))
-    return copy, event.synchronize
+def _save_in_graph(x: torch.Tensor, path: str) -> bool:
+    """Have the graph that is being captured save `x` at each replay; False where its device has no means.
 
-
-def _arrived() -> None:
-    """Values in host memory need no waiting for."""
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether what runs now on `device` is only recorded, into a CUDA graph or its like."""
-    if device.type == "cpu":
+    torch_npu's own operator is preferred, because no Python runs for it; the files are called as it has it, after
+    ``<path>.graph<N>.pt`` for the N-th that was captured. Else the values go into memory of this call's own, and from
+    there into the next file of `path`.
+    """
+    device = device_of(x.device)
+    if x.device.type == "npu" and hasattr(torch.ops.npu, "save_npugraph_tensor"):
+        torch.ops.npu.save_npugraph_tensor(x, save_path=f"{path.removesuffix('.pt')}.graph{next(_captured)}.pt")
+        return True
+    if not device.calls_host:
         return False
-    module = torch.get_device_module(device)
-    return hasattr(module, "is_current_stream_capturing") and bool(module.is_current_stream_capturing())
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    with torch.no_grad():
+        host.copy_(x, non_blocking=True)
+    device.host_function(lambda: files.save(path, host.nbytes, lambda: device_of(host.device).to_host(host)))
+    return True
 
 
 @cache

@@ -4,6 +4,8 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .device import of as device_of
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 MAPPED = 1 << 40
@@ -41,10 +43,11 @@ def refuse_unmeasurable(tensor: torch.Tensor) -> None:
 
 
 def refuse_captured(tensor: torch.Tensor) -> None:
-    """Refuse to read what only becomes part of a CUDA graph now: it has no values yet, and to ask for them would end
-    the capture."""
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise Unmeasurable("it is computed while a CUDA graph is captured, which computes nothing")
+    """Refuse to read what only becomes part of a graph (CUDA's, ACL's) now: it has no values yet, and to ask for them
+    would end the capture."""
+    if not tensor.is_cpu and device_of(tensor.device).capturing():
+        kind = tensor.device.type.upper()
+        raise Unmeasurable(f"it is computed while a {kind} graph is captured, which computes nothing")
 
 
 def address_of(tensor: torch.Tensor) -> int:

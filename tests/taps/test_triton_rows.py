@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from msprobe_graph.taps import Statistics, graph_rows, triton_rows
-from msprobe_graph.taps.graph_rows import Arrival, GraphRows, Replayed, Slot
+from msprobe_graph.taps.arrival import Arrival, Replayed, Slot
+from msprobe_graph.taps.graph_rows import GraphRows
 from msprobe_graph.taps.statistics import ROW, read_row
 from msprobe_graph.taps.triton_rows import KINDS, MOST_PARTS, TritonRows, layout
 

@@ -1,0 +1,121 @@
+"""Rows that a graph writes each time it is replayed, by plain torch operators: for Ascend's ACL graphs, and for CUDA's
+where there is no Triton. What `graph_rows` does with kernels of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from . import native, portable
+from .arrival import WORDS, Arrival, Event, Shape, Slot
+from .device import Accelerator
+
+SLOTS = 1 << 14
+"""So many values, of 80 bytes."""
+ROW, FIRED, TAG = slice(0, 8), 8, 9
+"""What a slot's words are: see `arrival.SLOT`."""
+
+
+class PlainGraphRows:
+    """The rows of one device's graphs. To be made before the first of them is captured: its memory is no graph's.
+
+    Everything is an operator on tensors of the device, whose addresses stay: what a replay does follows from what is in
+    them then.
+    """
+
+    def __init__(self, device: Accelerator) -> None:
+        self.device = device.device
+        self._device = device
+        self._shapes: list[Shape] = []
+        self._single: list[bool] = []
+        """By slot: its moments are float32."""
+        self._state = (0, 0, -1)
+        """As `switch` was told."""
+        self._words = torch.zeros((SLOTS, WORDS), dtype=torch.int64, device=self.device)
+        self._control = torch.tensor(self._state, dtype=torch.int64).to(self.device)
+
+    def takes(self, value: object) -> bool:
+        """Whether a graph can measure this."""
+        return (
+            isinstance(value, torch.Tensor)
+            and value.device == self.device
+            and value.dtype in native.CODES
+            and value.layout is torch.strided
+            and value.numel() > 0
+            and not value.is_neg()
+        )
+
+    def prepare(self, values: Iterable[torch.Tensor]) -> None:
+        """Nothing has to be compiled."""
+
+    @torch.no_grad()
+    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
+        """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
+        it or, where there are none, a new one.
+
+        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
+        """
+        taken = []
+        on, begin, end = self._control.unbind()
+        for slots, tensor in values:
+            real = portable.precision(tensor)
+            slot = slots[0] if slots else self._slot(real is torch.float32)
+            taken.append(slot)
+            batch = padded is not None and tensor.dim() > 0 and tensor.shape[0] == padded
+            counted = _rows(tensor, begin, end) if batch else None
+            words = self._words[slot.number]
+            tag = torch.full_like(words[:1], len(self._shapes))
+            self._shapes.append(Shape(tuple(tensor.shape), batch))
+            measured = torch.cat([portable.measure(tensor, real, counted), words[FIRED : FIRED + 1] + 1, tag])
+            words.copy_(torch.where(on != 0, measured, words))
+        return taken
+
+    def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
+        """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
+        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
+        state = (1, begin, end) if on else (0, *self._state[1:])
+        if state != self._state:
+            self._state = state
+            self._control.copy_(torch.tensor(state, dtype=torch.int64))
+
+    def arrive(self) -> Arrival | None:
+        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
+        anew, and values are not measured. None where there are none."""
+        count = len(self._single)
+        if not count:
+            return None
+        rows = self._state[1:]
+        self.switch(False)
+        host, wait = self._device.to_host(self._words[:count])
+        self._words[:count, FIRED].zero_()
+        return Arrival(host, _Widened(host, wait, self._single), self._shapes, (rows[0], rows[1]))
+
+    def _slot(self, single: bool) -> Slot:
+        number = len(self._single)
+        if number == SLOTS:
+            raise MemoryError(f"there are more than {SLOTS} values in graphs")
+        self._single.append(single)
+        return Slot(number, number, 1)
+
+
+class _Widened(Event):
+    """Waits for rows to arrive and makes those of single precision what all rows are."""
+
+    def __init__(self, host: torch.Tensor, wait: Callable[[], None], single: Sequence[bool]) -> None:
+        self._host = host
+        self._wait = wait
+        self._which = [number for number, each in enumerate(single[: len(host)]) if each]
+
+    def synchronize(self) -> None:
+        which, self._which = self._which, []
+        self._wait()
+        if which:
+            self._host[which, ROW] = portable.widen(self._host[which, ROW])
+
+
+def _rows(tensor: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Which elements of a batch count: those of its rows from `begin` up to but without `end`, if that is not -1."""
+    row = torch.arange(tensor.shape[0], device=tensor.device)
+    counts = (row >= begin) & ((row < end) | (end < 0))
+    return counts.reshape(-1, *(1,) * (tensor.dim() - 1)).expand(tensor.shape)
