@@ -20,13 +20,13 @@ from .exact import REASONS
 from .handoff import Compiled
 from .options import GraphOptions
 from .plan import Plan
-from .replay import Frame, Frames, Recorded, capturing
+from .replay import Frame, Frames, Recorded
 from .tap_op import invocations
 from .verify import Verifier
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from msprobe_graph.taps.graph_rows import GraphRows
+    from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
 SITE = "a compiled graph"
 
@@ -44,7 +44,7 @@ class Region:
         compiled: Compiled,
         watch: Watch,
         options: GraphOptions,
-        rows: GraphRows | None = None,
+        rows: RowsInGraphs | None = None,
         verifier: Verifier | None = None,
     ) -> None:
         self.plan = plan
@@ -87,7 +87,7 @@ class Region:
 
     def __call__(self, *inputs: Any) -> Any:
         context = self._running()
-        captured = self.frames.followed and capturing()
+        captured = self.frames.capturing
         if context is None or captured:
             if captured or (self.frames.followed and self.replays.listening):
                 return self._lay_out(inputs, captured)
@@ -160,7 +160,7 @@ class Listener:
             self._region.learn(note)
         rows = self._region.frames.rows
         boundary = self._region.replays.boundary
-        if capturing():
+        if self._region.frames.capturing:
             boundary.attempt(SITE, self._measure, dict(zip(ids, values, strict=True)))
         elif rows is not None:
             boundary.attempt(SITE, rows.prepare, values)
@@ -228,7 +228,7 @@ class Invocation:
         if note:
             self._region.learn(note)
         with unseen():
-            if self._frame is not None and capturing():
+            if self._frame is not None and self._region.frames.capturing:
                 seen = dict(zip(ids, values, strict=True))
                 padding = self._context.recorder.padding
                 padded = None if padding is None else padding.padded

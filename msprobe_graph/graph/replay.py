@@ -7,7 +7,6 @@ is over, and the device tells which of them were replayed in it.
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -16,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msprobe_graph.dump.boundary import Boundary
-from msprobe_graph.eager._compat import plainly
+from msprobe_graph.eager._compat import plainly, unseen
+from msprobe_graph.taps.device import Accelerator
+from msprobe_graph.taps.device import of as device_of
+from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
+from msprobe_graph.taps.rows import has_triton
 
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
-    from msprobe_graph.taps.graph_rows import GraphRows, Slot
+    from msprobe_graph.taps.arrival import Slot
     from msprobe_graph.taps.recorder import Replayable
+    from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
     from .entries import Named
     from .region import Region
@@ -84,7 +88,7 @@ class Recorded:
 class Frame:
     """One call of a region, as far as CUDA graphs have captured it."""
 
-    def __init__(self, rows: GraphRows) -> None:
+    def __init__(self, rows: RowsInGraphs) -> None:
         self.rows = rows
         self.slots: defaultdict[int, list[Slot]] = defaultdict(list)
         """By value id. More than one where graphs of several sizes can't share it."""
@@ -113,7 +117,7 @@ class Frames:
     """The frames of one region, by the number of its call: within a round, a step or, where nobody tells rounds, in
     all. A step's calls that were captured in part only find theirs by their number."""
 
-    def __init__(self, replays: Replays, rows: GraphRows | None) -> None:
+    def __init__(self, replays: Replays, rows: RowsInGraphs | None) -> None:
         self.rows = rows
         self.of_calls: list[Frame] = []
         self._replays = replays
@@ -126,6 +130,11 @@ class Frames:
     @property
     def followed(self) -> bool:
         return self.rows is not None
+
+    @property
+    def capturing(self) -> bool:
+        """Whether what runs now in the current stream only becomes part of a graph."""
+        return self.rows is not None and device_of(self.rows.device).capturing()
 
     def of_round(self) -> Frame:
         """Of the call that begins now, while graphs are captured."""
@@ -171,22 +180,22 @@ class Replays:
         """Whether graphs may be captured inside of what is called now, though nobody records it."""
         self._padded: int | None = None
         self._round = 0
-        self._rows: dict[torch.device, GraphRows | None] = {}
+        self._rows: dict[torch.device, RowsInGraphs | None] = {}
         self._switched = False, 0, -1
         """As `switch` was told last."""
 
-    def rows(self, inputs: Sequence[Any]) -> GraphRows | None:
+    def rows(self, inputs: Sequence[Any]) -> RowsInGraphs | None:
         """Where graphs of a region with these inputs have their rows; None where they can't be followed."""
-        devices = (each.device for each in inputs if isinstance(each, torch.Tensor) and each.device.type == "cuda")
-        device = next(devices, None)
+        devices = (each.device for each in inputs if isinstance(each, torch.Tensor))
+        device = next((each for each in devices if device_of(each).captures), None)
         return None if device is None else self.rows_on(device)
 
-    def rows_on(self, device: torch.device) -> GraphRows | None:
+    def rows_on(self, device: torch.device) -> RowsInGraphs | None:
         """The same for a device."""
-        if device.type != "cuda" or not self.follows or importlib.util.find_spec("triton") is None:
+        if not (self.follows and device_of(device).captures):
             return None
         if device.index is None:
-            device = torch.device(device.type, torch.cuda.current_device())
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
         if device not in self._rows:
             made = self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device)
             if made is not None:
@@ -211,15 +220,17 @@ class Replays:
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """See `GraphRows.switch`."""
         self._switched = on, begin, end
-        for rows in self._rows.values():
-            if rows is not None:
-                rows.switch(on, begin, end)
+        with unseen():
+            for rows in self._rows.values():
+                if rows is not None:
+                    rows.switch(on, begin, end)
 
     def forget(self) -> None:
         """What was replayed since the last step counts for none."""
-        for rows in self._rows.values():
-            if rows is not None:
-                rows.arrive()
+        with unseen():
+            for rows in self._rows.values():
+                if rows is not None:
+                    rows.arrive()
 
     def record(self, context: Context) -> None:
         """The step is over: record what may have been replayed in it."""
@@ -230,12 +241,11 @@ class Replays:
                     self.boundary.attempt("CUDA graphs", region.replayed, context, frame)
 
 
-def capturing() -> bool:
-    """Whether what runs now in the current stream only becomes part of a CUDA graph."""
-    return torch.cuda.is_current_stream_capturing()
+def _graph_rows(device: torch.device) -> RowsInGraphs:
+    if device.type == "cuda" and has_triton():
+        from msprobe_graph.taps.graph_rows import GraphRows
 
-
-def _graph_rows(device: torch.device) -> GraphRows:
-    from msprobe_graph.taps.graph_rows import GraphRows
-
-    return GraphRows(device)
+        return GraphRows(device)
+    adapter = device_of(device)
+    assert isinstance(adapter, Accelerator)
+    return PlainGraphRows(adapter)

@@ -26,7 +26,8 @@ from .rows import Rows
 from .unmeasurable import Unmeasurable, refuse_captured
 
 if TYPE_CHECKING:
-    from .graph_rows import GraphRows, Slot
+    from .arrival import Slot
+    from .rows_in_graphs import RowsInGraphs
 
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
@@ -45,7 +46,7 @@ Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | None"]
 class Replayable(NamedTuple):
     """What was recorded of a call that CUDA graphs replay."""
 
-    graph: GraphRows
+    graph: RowsInGraphs
     slots: Sequence[Slot]
     """One of them is written whenever the call is replayed."""
     entries: dict[str, Entry]
@@ -166,7 +167,7 @@ class Recorder:
             record.data_name = f"{stem}.pt"
         return record
 
-    def replayed(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> TensorRecord:
+    def replayed(self, graph: RowsInGraphs, slots: Sequence[Slot], dtype: torch.dtype) -> TensorRecord:
         """The record of a value that a CUDA graph measures when it is replayed."""
         record = TensorRecord("torch.Tensor", _DTYPES[dtype], None, None, None, None, None, False)
         self._expect(graph, (record, slots, dtype))
@@ -188,7 +189,7 @@ class Recorder:
             self.entries.update(behind)
 
     @contextmanager
-    def if_replayed(self, graph: GraphRows, slots: Sequence[Slot]) -> Iterator[Replayable]:
+    def if_replayed(self, graph: RowsInGraphs, slots: Sequence[Slot]) -> Iterator[Replayable]:
         """What is recorded inside counts only if one of the slots turns out to have been written. It can be recorded
         again in later steps, with `repeat`."""
         holes, values, views = len(self.holes), len(self._replayed), len(self._shared)
@@ -218,7 +219,7 @@ class Recorder:
         self.entries.update(replayable.entries)
         self._provisional.append(Provisional(row, list(replayable.entries), replayable.holes))
 
-    def _expect(self, graph: GraphRows, value: ReplayedValue) -> None:
+    def _expect(self, graph: RowsInGraphs, value: ReplayedValue) -> None:
         record, slots, dtype = value
         self._records[self._rows.reserve(graph, slots, dtype)] = record
         self._replayed.append(value)

@@ -16,11 +16,13 @@ import torch
 from msprobe_graph.dump.records import Replayed, Statistics
 
 from . import native, portable
+from .device import of as device_of
 from .statistics import ROW, read_row
 from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
 
 if TYPE_CHECKING:
-    from .graph_rows import Arrival, GraphRows, Slot
+    from .arrival import Arrival, Slot
+    from .rows_in_graphs import RowsInGraphs
     from .triton_rows import TritonRows
 
 CHUNK = 1024
@@ -50,8 +52,8 @@ class Rows:
         self._on_gpus: dict[tuple[torch.device, int], tuple[TritonRows, list[int]]] = {}
         """By stream."""
         self._lock = threading.Lock()
-        self._reserved: dict[int, tuple[GraphRows, Sequence[Slot]]] = {}
-        self._arrivals: dict[GraphRows, Arrival | None] = {}
+        self._reserved: dict[int, tuple[RowsInGraphs, Sequence[Slot]]] = {}
+        self._arrivals: dict[RowsInGraphs, Arrival | None] = {}
 
     def add(self, tensor: torch.Tensor) -> int:
         """Measure `tensor`, of any shape, strides and dtype, as it is now, and return the number of its row.
@@ -74,7 +76,7 @@ class Rows:
             self._native.measure(tensor, address, count, code, self._addresses[number])
         return number
 
-    def reserve(self, graph: GraphRows, slots: Sequence[Slot], dtype: torch.dtype) -> int:
+    def reserve(self, graph: RowsInGraphs, slots: Sequence[Slot], dtype: torch.dtype) -> int:
         """The number of a row for what a CUDA graph measures into one of the slots."""
         number = next(self._numbers)
         self._dtypes[number] = dtype
@@ -98,8 +100,7 @@ class Rows:
         that hold some; call it off the hot path."""
         elsewhere, self._elsewhere = self._elsewhere, {}  # at once: rows may be added meanwhile
         for (device, real), rows in elsewhere.items():
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)  # rows were written on whatever stream was current
+            device_of(device).synchronize()  # rows were written on whatever stream was current
             transferred = torch.stack([row for _, row in rows]).cpu()
             words = transferred if real is torch.float64 else portable.widen(transferred)
             for (number, _), row in zip(rows, words.tolist(), strict=True):
