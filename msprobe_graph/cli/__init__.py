@@ -4,10 +4,11 @@
 
     msprobe-graph show DUMP [--step N] [--rank R] [--entry SUBSTRING] [--suspicious]
     msprobe-graph compare A B [--step N] [--rank R] [--tolerance T] [--all]
+    msprobe-graph doctor [--npu]
     msprobe-graph verify FILE.py:FUNCTION [--level L] [--fidelity F] [--inner NAME] [--output FILE]
 
-Exit codes: 0; 1 where two dumps part or taps change a program; 2 with one sentence on stderr for arguments that can't
-be used, a wrong path among them.
+Exit codes: 0; 1 where two dumps part, taps change a program or a way of capturing fails; 2 with one sentence on stderr
+for arguments that can't be used, a wrong path among them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from msprobe_graph.config import ConfigError
 from msprobe_graph.dump.reader import DumpError
 from msprobe_graph.version import __version__
 
-from . import compare, show, verify
+from . import compare, doctor, show, verify
 from .command import Outcome
 
 
@@ -50,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msprobe-graph {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (show, compare, verify):
+    for command in (show, compare, verify, doctor):
         command.add_parser(commands)
     return parser

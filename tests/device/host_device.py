@@ -50,6 +50,7 @@ def register(library: Path, name: str) -> None:
         stream=lambda stream: nullcontext(),
         device=lambda device: nullcontext(),
         Graph=Graph,
+        NPUGraph=Graph,  # as torch.npu has it
         graph=graph,
         _subscribe_report=lambda stream: None,
         _launch_host_func=launch_host_function,

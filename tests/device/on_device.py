@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from msprobe_graph import PrecisionDebugger, acl_save, flush, msprobe_backend
+from msprobe_graph.cli import main
 from msprobe_graph.dump.reader import StepDump, TensorAt, read, steps
 from msprobe_graph.taps.device import Accelerator, Npu, of
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
@@ -258,3 +259,20 @@ def test_acl_save_in_a_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     else:  # torch calls no functions of the host there
         assert list(tmp_path.iterdir()) == []
         assert "acl_save saves nothing from inside a graph" in caplog.text
+
+
+@pytest.mark.skipif(NAME != "npu", reason="doctor --npu looks for torch.npu")
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--npu"])
+    found = {line[:31].strip(): line[31:].split() for line in capsys.readouterr().out.splitlines() if "  " in line}
+    for way in (
+        "eager, statistics",
+        "eager, tensors",
+        "compiled with aot_eager",
+        "acl_save",
+        "statistics in a replayed graph",
+        "acl_save in a replayed graph",
+    ):
+        assert "works" in found[way][:2], (way, found[way])
+    assert "FAILS" in found["compiled with inductor"][:2], "which knows nothing of this device"
+    assert code == 1
