@@ -155,6 +155,10 @@ class Frames:
         self.in_step += 1
         return self._frame(self.in_step - 1)
 
+    def begin_step(self) -> None:
+        """The calls of the running step count from 0 again."""
+        self._step = None
+
     def not_called(self, step: int) -> list[Frame]:
         """The frames of calls that a step has not made, but that may have been replayed as a whole."""
         called = self.in_step if step == self._step else 0
@@ -226,7 +230,11 @@ class Replays:
                     rows.switch(on, begin, end)
 
     def forget(self) -> None:
-        """What was replayed since the last step counts for none."""
+        """What was replayed and called since the last step counts for none."""
+        for reference in self.regions:
+            region = reference()
+            if region is not None:
+                region.frames.begin_step()
         with unseen():
             for rows in self._rows.values():
                 if rows is not None:

@@ -243,6 +243,29 @@ def test_replays_of_a_dummy_run_are_none(tmp_path: Path) -> None:
         assert not any("more than once" in reason for reason in holes(step).values())
 
 
+def test_a_dummy_run_that_is_called_does_not_stand_for_one_that_is_replayed(tmp_path: Path) -> None:
+    def replayed(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(model(), backend=msprobe_backend, options={"inner": "aot_eager"})
+        x = torch.zeros(4, 8, device=NAME)
+        with debugger.start(compiled):
+            compiled(x)
+        graph = DEVICE.Graph()
+        with DEVICE.graph(graph):
+            compiled(x)
+        for _ in range(2):
+            debugger.start()
+            compiled(x)
+            debugger.stop()
+            debugger.step(dump=False)
+        x.copy_(batch(0))
+        with debugger.start():
+            graph.replay()
+
+    with torch.no_grad():
+        _, step = dumped(tmp_path, replayed, level="L0")
+    assert {"Module.Sequential.forward.0", "Module.1.up.Linear.forward.0"} <= step.data.keys()
+
+
 def test_acl_save_in_a_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     x, graph = torch.zeros(2, 8, device=NAME), DEVICE.Graph()
     with torch.no_grad(), DEVICE.graph(graph):
