@@ -7,8 +7,8 @@ Both import it only when they are asked to capture, and are installed without ms
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import LazyLoader, module_from_spec, spec_from_file_location
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import LazyLoader, find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +28,7 @@ def install_as_msprobe(replace: bool = False) -> bool:
     """
     if is_installed():
         return True
-    if not replace and (NAME in sys.modules or PathFinder.find_spec(NAME) is not None):
+    if not replace and (NAME in sys.modules or find_spec(NAME) is not None):
         return False
     package = ModuleType(NAME, "msprobe_graph, under msProbe's name.")
     package.__spec__ = ModuleSpec(NAME, None, origin=str(_FILE), is_package=True)
