@@ -18,12 +18,13 @@ compiled it, the scheduler's nodes before and after the taps came in::
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import msgspec
 import torch
 
-from .encode import tree
+from .encode import SameAgain
 from .folder import SCHEMA_VERSION
 from .records import Step
 
@@ -42,9 +43,16 @@ class Provenance(msgspec.Struct):
     run: str
 
 
-def manifest(provenance: Provenance, step: Step) -> bytes:
-    return tree(
-        {
+class Manifests:
+    """Encodes the manifest of one step after the other; a field that is as before is not encoded again."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        self._provenance = provenance
+        self._fields: defaultdict[str, SameAgain] = defaultdict(SameAgain)
+
+    def encode(self, step: Step) -> bytes:
+        provenance = self._provenance
+        fields = {
             "schema_version": SCHEMA_VERSION,
             "status": "finished" if step.finished else "unfinished",
             "step": step.number,
@@ -53,11 +61,12 @@ def manifest(provenance: Provenance, step: Step) -> bytes:
             "torch": str(torch.__version__),
             "model": provenance.model,
             "config": provenance.config,
-            "entries": len(step.entries),
+            "entries": sum(1 for _ in step.all_entries),
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,
             "requests": step.requests,
-            "graphs": step.graphs,
+            "graphs": list(step.graphs.values()),
             "flushed": step.flushed,
         }
-    )
+        lines = (b' "%b": %b' % (name.encode(), self._fields[name].encode(value)) for name, value in fields.items())
+        return b"{\n%b\n}\n" % b",\n".join(lines)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 
 from . import triton_kernels as kernels
-from .statistics import ROW
+from .arrival import WORDS, Arrival, Shape, Slot
 from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -19,60 +16,6 @@ ROWS = 1 << 20
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
 FINISHING_WARPS = 2
-SLOT = struct.Struct(f"={ROW.size}s2q")
-"""What the host gets of a slot: its row, how often it was measured, and the number of its shape."""
-
-
-class Slot(NamedTuple):
-    """Where the rows of one value lie. Graphs that were captured for several sizes of a batch share it: one of them is
-    replayed at a time."""
-
-    number: int
-    header: int
-    room: int
-    """For so many parts."""
-
-
-class Shape(NamedTuple):
-    """What a value was when a graph was captured."""
-
-    shape: tuple[int, ...]
-    batch: bool
-    """Its first dimension is the batch's, padding included."""
-
-
-class Replayed(NamedTuple):
-    """What a slot holds when a step is over."""
-
-    row: bytes
-    """As `statistics.ROW` has it."""
-    fired: int
-    """How often the value was measured in the step; the row is that of the last time."""
-    shape: tuple[int, ...]
-
-
-class Arrival:
-    """The slots of one step on their way to the host."""
-
-    def __init__(self, host: torch.Tensor, event: torch.Event, shapes: Sequence[Shape], rows: tuple[int, int]) -> None:
-        self._host = host
-        self._event = event
-        self._shapes = shapes
-        self._begin, self._end = rows
-        self._words: bytes | None = None
-
-    def slot(self, slot: Slot) -> Replayed | None:
-        """None if nothing was measured into it. Waits for the GPU."""
-        if self._words is None:
-            self._event.synchronize()
-            self._words = ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
-        row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
-        if not fired:
-            return None
-        shape, batch = self._shapes[tag]
-        if batch and self._end >= 0:
-            shape = (max(min(shape[0], self._end) - self._begin, 0), *shape[1:])
-        return Replayed(row, fired, shape)
 
 
 class GraphRows:
@@ -172,8 +115,8 @@ class GraphRows:
                 kernels.set_control[(1,)](self._control, *state)
 
     def arrive(self) -> Arrival | None:
-        """Have the slots brought to the host as they are at this point of the current stream; they count anew from
-        here. None where there are none."""
+        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
+        anew, and values are not measured. None where there are none."""
         count = len(self._slots)
         if not count:
             return None
@@ -182,12 +125,13 @@ class GraphRows:
 
     def _arrive(self, count: int) -> Arrival:
         self._wait()
-        out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
-        kernels.finish[(count,)](self._rows, self._headers, out, RESET=True, num_warps=FINISHING_WARPS)
+        out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
+        kernels.finish[(count,)](self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
         event = torch.Event(self.device)
         event.record()
+        self._state = (0, *self._state[1:])
         return Arrival(host, event, self._shapes, self._state[1:])
 
     def _beside(self) -> torch.cuda.StreamContext:

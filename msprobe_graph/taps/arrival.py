@@ -1,0 +1,104 @@
+"""What CUDA graphs have measured in a step, as it comes to the host."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from msprobe_graph.dump.records import Replayed, Statistics
+
+from .statistics import ROW, read_row
+
+SLOT = struct.Struct(f"={ROW.size}s2q")
+"""What arrives of a slot: its row, how often it was measured, and the number of its shape."""
+WORDS = SLOT.size // 8
+"""The same as int64s."""
+
+
+class Event(Protocol):
+    """torch.Event, as far as it is needed here."""
+
+    def synchronize(self) -> None: ...
+
+
+class Slot(NamedTuple):
+    """Where the rows of one value lie. Graphs that were captured for several sizes of a batch share it: one of them is
+    replayed at a time."""
+
+    number: int
+    header: int
+    room: int
+    """For so many parts."""
+
+
+class Shape(NamedTuple):
+    """What a value was when a graph was captured."""
+
+    shape: tuple[int, ...]
+    batch: bool
+    """Its first dimension is the batch's, padding included."""
+
+
+class Written(NamedTuple):
+    """What a slot holds when a step is over."""
+
+    word: int
+    """Where its row begins in what arrives, in words of 8 bytes."""
+    row: bytes
+    """As `statistics.ROW` has it."""
+    fired: int
+    """How often the value was measured in the step; the row is that of the last time."""
+    shape: tuple[int, ...]
+
+    def statistics(self, dtype: torch.dtype) -> Statistics:
+        return read_row(ROW.unpack(self.row), dtype, Replayed(self.shape, self.fired))
+
+
+class Arrival:
+    """The slots of one step on their way to the host."""
+
+    def __init__(self, host: torch.Tensor, event: Event, shapes: Sequence[Shape], rows: tuple[int, int]) -> None:
+        self._host = host
+        self._event = event
+        self._shapes = shapes
+        self._rows = rows
+
+    def first(self, slots: Iterable[Slot]) -> Written | None:
+        """The first of the slots that was written; None if none was. Waits for the GPU."""
+        return next((found for slot in slots if (found := self._slot(slot)) is not None), None)
+
+    @functools.cached_property
+    def kind(self) -> Hashable:
+        """The same for arrivals that differ in nothing but the statistics: of the same graphs, replayed as often, with
+        as many rows. Waits for the GPU."""
+        self._event.synchronize()
+        marks = self._host[:, ROW.size // 8 :].contiguous()
+        return ctypes.string_at(marks.data_ptr(), marks.nbytes), self._rows
+
+    @property
+    def address(self) -> int:
+        """Where the words are that `Written.word` counts. Waits for the GPU."""
+        self._event.synchronize()
+        return self._host.data_ptr()
+
+    @functools.cached_property
+    def _words(self) -> bytes:
+        self._event.synchronize()
+        return ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
+
+    def _slot(self, slot: Slot) -> Written | None:
+        if slot.number >= len(self._host):  # of a graph that was captured since
+            return None
+        row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
+        if not fired:
+            return None
+        shape, batch = self._shapes[tag]
+        begin, end = self._rows
+        if batch and end >= 0:
+            shape = (max(min(shape[0], end) - begin, 0), *shape[1:])
+        return Written(slot.number * WORDS, row, fired, shape)
