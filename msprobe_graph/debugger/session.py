@@ -59,6 +59,8 @@ class Session:
         plain = not settings.slice and settings.summary_mode == "statistics"
         self.replays = Replays(self.boundary, follows=plain)
         """Follows what is replayed as a CUDA graph."""
+        self.sharding: dict[str, Any] = {}
+        """See `Provenance.sharding`; to be told before the first step."""
         self.out_of_reach: list[Hole] = []
         """What no step can hold; in every manifest."""
         self._recorder: Recorder | None = None
@@ -258,6 +260,7 @@ class Session:
             task=self.settings.task,
             level=self.settings.level,
             run=run,
+            sharding=self.sharding,
             config={name: _jsonable(value) for name, value in msgspec.structs.asdict(self.settings).items()},
         )
         log.info("capture into %s", dump_path)

@@ -4,7 +4,7 @@
 
     {"schema_version": 1, "status": "finished", "step": 0, "process": "rank0", "mode": "eager", "device": "cpu",
      "package": "0.1.0", "torch": "2.13.0+cpu", "model": "Qwen2ForCausalLM", "config": {"task": "statistics", ...},
-     "entries": 212, "sites": {"expected": 40, "captured": 38},
+     "entries": 212, "sharding": {}, "sites": {"expected": 40, "captured": 38},
      "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
      "requests": [{"request": "cmpl-1", "begin": 0, "end": 12, "phase": "prefill", "positions": [0, 12]}],
      "graphs": []}
@@ -41,6 +41,8 @@ class Provenance(msgspec.Struct):
     level: str
     config: dict[str, Any]
     run: str
+    sharding: dict[str, Any] = {}
+    """Which sites hold a part of their value only, where somebody has told."""
 
 
 class Manifests:
@@ -62,6 +64,7 @@ class Manifests:
             "model": provenance.model,
             "config": provenance.config,
             "entries": sum(1 for _ in step.all_entries),
+            "sharding": provenance.sharding,
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,
             "requests": step.requests,

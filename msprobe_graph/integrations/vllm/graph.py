@@ -210,9 +210,15 @@ class Pieces:
             slots[PIN], slots[EXACT] = ours.pin, ours.exact
             manager = backend.pass_manager  # the third slot is vLLM's
             manager.add(CallableInductorPass(ours.full, ours.full.uuid()))
-            if hasattr(manager, "ir_lowering"):
-                manager.ir_lowering = Lowering(manager.ir_lowering)
+            manager.configure = functools.partial(_configure, manager, manager.configure)
         return ours.exact.reports
+
+
+def _configure(manager: Any, configure: Callable[[Any], None], config: Any) -> None:
+    """vLLM sets up its passes only now."""
+    configure(config)
+    if hasattr(manager, "ir_lowering"):
+        manager.ir_lowering = Lowering(manager.ir_lowering)
 
 
 class Lowering:

@@ -19,6 +19,7 @@ from msprobe_graph.dump.records import Request
 from . import log
 from .batch import client_name, padded_rows, requests, row_order
 from .compiled import heed_hooks
+from .sharding import sharding
 
 if TYPE_CHECKING:
     from .graph import GraphCapture
@@ -163,6 +164,7 @@ class WorkerCapture:
         model = self._worker.get_model()
         mode = self._worker.vllm_config.compilation_config.mode
         self._models = {"": model}
+        self._debugger.session.sharding = sharding(model)
         if self._graphs is not None:
             self._graphs.warm(model)
         runner = self._worker.model_runner
