@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -75,6 +75,9 @@ class EagerCapture:
         self._unfused: list[str] = []
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
+        self._sites_of: tuple[dict[str, int], list[str]] | None = None
+        """What `_sites` was counted of: the calls, and the entries' names."""
+        self._sites: tuple[int, int, list[Hole]] = (0, 0, [])
 
     @property
     def context(self) -> Context:
@@ -106,6 +109,7 @@ class EagerCapture:
         self._unfused = [tap.prefix for module, tap in self._hooks.taps.items() if has_fused_path(module)]
         wanted = self._context.selection.may_want_module
         self._expected = [tap.prefix for tap in self._hooks.taps.values() if wanted(tap.prefix)]
+        self._sites_of = None
 
     def _miss(self, taps: list[ModuleTap]) -> None:
         """Count a call of each that began before anyone looked."""
@@ -140,6 +144,7 @@ class EagerCapture:
         self._context.paths.clear()
         self._unfused.clear()
         self._watched.clear()
+        self._sites_of = None
 
     def begin_step(self, number: int) -> None:
         """Step `number`: call numbers and windows start anew."""
@@ -155,6 +160,15 @@ class EagerCapture:
     def sites(self) -> tuple[int, int, list[Hole]]:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
+        recorder = self._context.recorder
+        names = [name for call in recorder.replays for name in call.entries]
+        names += recorder.entries
+        state = self._context.numbering.counts(), names
+        if state != self._sites_of:
+            self._sites_of, self._sites = state, self._count_sites(names)
+        return self._sites
+
+    def _count_sites(self, names: Iterable[str]) -> tuple[int, int, list[Hole]]:
         context = self._context
         calls = context.numbering.next
         compiled = [prefix for prefix in self._inside if not calls(prefix)]
@@ -164,5 +178,5 @@ class EagerCapture:
             return 0, 0, holes
         expected = [prefix for prefix in self._expected if prefix not in self._inside or calls(prefix)]
         holes += [Hole(prefix, "its forward did not run in this step") for prefix in expected if not calls(prefix)]
-        captured = {entry.rpartition(".forward.")[0] for entry in context.recorder.entries}
+        captured = {name.rpartition(".forward.")[0] for name in names}
         return len(expected), sum(prefix in captured for prefix in expected), holes

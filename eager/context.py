@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -44,6 +44,21 @@ class Numbering:
         number = self._calls[name]
         self._calls[name] = number + 1
         return number
+
+    def counts(self) -> dict[str, int]:
+        """How many calls of each name have been counted."""
+        return dict(self._calls)
+
+    def stands_at(self, counts: Mapping[str, int]) -> bool:
+        """Whether as many calls of each name have been counted."""
+        calls = self._calls
+        if calls.keys().isdisjoint(counts):
+            return not any(counts.values())
+        return all(calls.get(name, 0) == count for name, count in counts.items())
+
+    def go_to(self, counts: Mapping[str, int]) -> None:
+        """Count calls of each name up to there."""
+        self._calls.update(counts)
 
     def within(self, name: str, module: str | None) -> int:
         """Which call of `name` this is within `module`, counted by being asked."""

@@ -59,6 +59,8 @@ class Session:
         plain = not settings.slice and settings.summary_mode == "statistics"
         self.replays = Replays(self.boundary, follows=plain)
         """Follows what is replayed as a CUDA graph."""
+        self.sharding: dict[str, Any] = {}
+        """See `Provenance.sharding`; to be told before the first step."""
         self.out_of_reach: list[Hole] = []
         """What no step can hold; in every manifest."""
         self._recorder: Recorder | None = None
@@ -137,24 +139,27 @@ class Session:
         """This capture, for graphs that are compiled under it; `running` gives what captures at run time."""
         return Watch(self.settings, self.operators, self.boundary, self.replays, running)
 
+    def hush(self) -> None:
+        """Capture nothing until `resume` or the step's end, which come soon and before a CUDA graph is replayed."""
+        if self.capture is not None:
+            self.capture.stop()
+        self.capturing = False
+
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
-        if self.capturing and self.capture is not None and self._writer is not None:
-            self.capture.stop()
-            self.capturing = False
+        if self.capturing and self._writer is not None:
+            self.hush()
             self.boundary.attempt(GRAPHS, self.replays.switch, False)
             self._writer.draft(partial(self._as_step, finished=False))
 
     def next_step(self) -> None:
         """The running step is over."""
-        if self.capture is not None:
-            self.capture.stop()
-        self.capturing = False
+        self.hush()
         if self._dirty and self._writer is not None and self.capture is not None and self._recorder is not None:
             self._captured_steps += 1
-            with self._recorder.in_front():
-                self.replays.record(self.capture.context)
+            self.replays.record(self.capture.context)
             self._writer.submit(self._as_step(finished=True))
+            self.boundary.attempt(GRAPHS, self.replays.switch, False)
         self.step += 1
         self._begin_step()
 
@@ -198,6 +203,11 @@ class Session:
             if self._dirty:
                 self._writer.submit(self._as_step(finished=False))
             self._writer.flush()
+
+    def wait(self, behind: int) -> None:
+        """Return when at most so many of the steps that are over are not on disk yet."""
+        if self._writer is not None:
+            self._writer.wait(behind)
 
     def fire(self, trigger: str) -> None:
         """Have the steps that are kept written if `trigger` is in flush_on, and the one that runs when it ends."""
@@ -267,6 +277,7 @@ class Session:
             task=self.settings.task,
             level=self.settings.level,
             run=run,
+            sharding=self.sharding,
             config={name: _jsonable(value) for name, value in msgspec.structs.asdict(self.settings).items()},
         )
         log.info("capture into %s", dump_path)
@@ -282,7 +293,7 @@ class Session:
         step = self._recorder.as_step(
             finished, expected, captured, self.capture.rest(), [*holes, *self.out_of_reach, *self.boundary.holes]
         )
-        if not step.entries and not step.saved and finished:
+        if finished and not (step.entries or step.replays or step.saved):
             log.warning(
                 "step %d of %s captured nothing; its manifest says what was expected",
                 step.number,

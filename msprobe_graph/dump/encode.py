@@ -29,12 +29,9 @@ def number(value: Any) -> Any:
 
 
 def complete(record: TensorRecord, found: Statistics) -> None:
-    """Fill in the statistics that a tap left open, and of a replayed value its shape, in place of what an earlier step
-    has filled in."""
+    """Fill in the statistics that a tap left open, and of a replayed value its shape."""
     if found.replayed is not None:
-        record.shape = found.replayed.shape
-        record.reason = msgspec.UNSET
-        record.finite_Max = record.finite_Min = record.finite_Mean = record.finite_Norm = msgspec.UNSET
+        reset(record, found.replayed.shape)
     record.Max = found.max
     record.Min = found.min
     record.Mean = found.mean
@@ -47,6 +44,15 @@ def complete(record: TensorRecord, found: Statistics) -> None:
         if found.finite_max is not None:
             record.finite_Max, record.finite_Min = found.finite_max, found.finite_min
             record.finite_Mean, record.finite_Norm = number(found.finite_mean), number(found.finite_norm)
+
+
+def reset(record: TensorRecord, shape: tuple[int, ...]) -> None:
+    """Remove from the record of a replayed value what an earlier step has filled in. All that is left open are the
+    statistics of a value that is finite."""
+    record.shape = shape
+    record.reason = msgspec.UNSET
+    record.nan_count = record.posinf_count = record.neginf_count = 0
+    record.finite_Max = record.finite_Min = record.finite_Mean = record.finite_Norm = msgspec.UNSET
 
 
 def refuse(record: TensorRecord, reason: str) -> None:
@@ -111,13 +117,17 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def document(head: Mapping[str, Any], data: Iterable[tuple[str, Any]]) -> bytes:
-    """dump.json: the fields of `head`, then ``"data"`` with one line an entry, in the order given."""
+def document(head: Mapping[str, Any], data: Iterable[bytes]) -> bytes:
+    """dump.json: the fields of `head`, then ``"data"`` with the lines given."""
     json = msgspec.json.Encoder()
-    text = bytearray(b"{\n ")
-    for key, value in head.items():
-        text += b"%b: %b,\n " % (json.encode(key), json.encode(value))
-    text += b'"data": {\n'
+    begin = b"".join(b" %b: %b,\n" % (json.encode(key), json.encode(value)) for key, value in head.items())
+    return b"".join((b"{\n", begin, b' "data": {\n', b",\n".join(filter(None, data)), b"\n }\n}\n"))
+
+
+def lines(data: Iterable[tuple[str, Any]]) -> bytes:
+    """One line a name with its value."""
+    json = msgspec.json.Encoder()
+    text = bytearray()
     between = b"  "
     for name, value in data:
         text += between
@@ -125,8 +135,12 @@ def document(head: Mapping[str, Any], data: Iterable[tuple[str, Any]]) -> bytes:
         text += b": "
         json.encode_into(value, text, -1)
         between = b",\n  "
-    text += b"\n }\n}\n"
     return bytes(text)
+
+
+def entry_lines(entries: Iterable[Entry]) -> bytes:
+    """The lines of dump.json that hold the entries."""
+    return lines((entry.name, fields(entry)) for entry in entries)
 
 
 def fields(entry: Entry) -> dict[str, Any]:
@@ -138,6 +152,20 @@ def fields(entry: Entry) -> dict[str, Any]:
     # A dict, because msProbe's compare searches every field of an entry for the key "md5".
     parts.setdefault("site", {"module": entry.module, "number": entry.number})
     return parts
+
+
+class SameAgain:
+    """Encodes one tree without tensors after the other. One that equals the last, as from one step to the next, is not
+    encoded again; it must not be changed meanwhile."""
+
+    def __init__(self) -> None:
+        self._last: Any = msgspec.UNSET
+        self._text = b""
+
+    def encode(self, value: Any) -> bytes:
+        if value != self._last:
+            self._text, self._last = tree(value), value
+        return self._text
 
 
 def tree(value: Any) -> bytes:

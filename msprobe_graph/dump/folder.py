@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,8 @@ SCHEMA_VERSION = 1
 """The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
 TENSOR_FOLDER = "dump_tensor_data"
 RUN_FILE = "run.json"
+PART = ".part"
+"""Ends the name of what is not whole yet."""
 STEP = re.compile(r"step(\d+)")
 """The name of a step's folder."""
 RUN_VARIABLE = "MSPROBE_GRAPH_RUN"
@@ -106,12 +108,26 @@ def step_folder(dump_path: Path, step: int, process: str) -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `path` so that a reader, or a kill in between, sees the old file or the new one and never half of one."""
-    part = f"{path}.part"
-    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    part = f"{path}{PART}"
+    _write(part, content)
+    os.replace(part, path)  # noqa: PTH105, the path need not be taken apart
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder that nobody sees before all its files are there: with fewer calls of the system, which take longer
+    than the writing, than by `write_whole`."""
+    part = f"{folder}{PART}"
+    Path(part).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write(f"{part}/{name}", content)
+    os.rename(part, folder)  # noqa: PTH104, as above
+
+
+def _write(path: str, content: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         rest = memoryview(content)
         while rest:  # a disk that is nearly full takes less than it is given
             rest = rest[os.write(file, rest) :]
     finally:
         os.close(file)
-    os.replace(part, path)  # noqa: PTH105, the path need not be taken apart

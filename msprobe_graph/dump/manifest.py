@@ -4,7 +4,7 @@
 
     {"schema_version": 1, "status": "finished", "step": 0, "process": "rank0", "mode": "eager", "device": "cpu",
      "package": "0.1.0", "torch": "2.13.0+cpu", "model": "Qwen2ForCausalLM", "config": {"task": "statistics", ...},
-     "entries": 212, "sites": {"expected": 40, "captured": 38},
+     "entries": 212, "sharding": {}, "sites": {"expected": 40, "captured": 38},
      "holes": [{"site": "Module.model.layers.ModuleList", "reason": "its forward did not run in this step"}, ...],
      "requests": [{"request": "cmpl-1", "begin": 0, "end": 12, "phase": "prefill", "positions": [0, 12]}],
      "graphs": []}
@@ -18,12 +18,13 @@ compiled it, the scheduler's nodes before and after the taps came in::
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import msgspec
 import torch
 
-from .encode import tree
+from .encode import SameAgain
 from .folder import SCHEMA_VERSION
 from .records import Step
 
@@ -40,11 +41,20 @@ class Provenance(msgspec.Struct):
     level: str
     config: dict[str, Any]
     run: str
+    sharding: dict[str, Any] = {}
+    """Which sites hold a part of their value only, where somebody has told."""
 
 
-def manifest(provenance: Provenance, step: Step) -> bytes:
-    return tree(
-        {
+class Manifests:
+    """Encodes the manifest of one step after the other; a field that is as before is not encoded again."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        self._provenance = provenance
+        self._fields: defaultdict[str, SameAgain] = defaultdict(SameAgain)
+
+    def encode(self, step: Step) -> bytes:
+        provenance = self._provenance
+        fields = {
             "schema_version": SCHEMA_VERSION,
             "status": "finished" if step.finished else "unfinished",
             "step": step.number,
@@ -53,11 +63,13 @@ def manifest(provenance: Provenance, step: Step) -> bytes:
             "torch": str(torch.__version__),
             "model": provenance.model,
             "config": provenance.config,
-            "entries": len(step.entries),
+            "entries": sum(1 for _ in step.all_entries),
+            "sharding": provenance.sharding,
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,
             "requests": step.requests,
-            "graphs": step.graphs,
+            "graphs": list(step.graphs.values()),
             "flushed": step.flushed,
         }
-    )
+        lines = (b' "%b": %b' % (name.encode(), self._fields[name].encode(value)) for name, value in fields.items())
+        return b"{\n%b\n}\n" % b",\n".join(lines)

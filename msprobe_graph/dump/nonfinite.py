@@ -29,8 +29,7 @@ def first_sightings(step: Step, kinds: Collection[str], chosen: Callable[[str], 
     is to be filled holds anything, a mask infinities. The place named may be an input: then it came in there. Only
     what was measured in this step counts. The statistics must be complete.
     """
-    measured = [*step.records.values(), *(other for _, other, _ in step.shared)]
-    kinds = [kind for kind in kinds if any(_has(record, kind) for record in measured)]
+    kinds = [kind for kind in kinds if any(_has(record, kind) for record in step.measured)]
     found: dict[str, Sighting] = {}
     entries = [(entry.name, entry.parts) for entry in step.entries]
     entries += [(name, {"output": value}) for name, value in step.saved.items()]

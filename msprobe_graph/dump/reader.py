@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .folder import SCHEMA_VERSION, TENSOR_FOLDER
+from .folder import PART, SCHEMA_VERSION, TENSOR_FOLDER
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def steps(path: str | Path) -> list[Path]:
     `path` is a dump_path, a step folder or a process folder; DumpError when there is no dump there.
     """
     path = Path(path)
-    found = [file.parent for file in path.glob("**/dump.json")]
+    found = [file.parent for file in path.glob("**/dump.json") if file.parent.suffix != PART]
     if not found:
         what = "holds no dump.json" if path.is_dir() else "is no folder"
         raise DumpError(f"{path} {what}: expected a dump_path, or a step<N> or step<N>/rank<R> folder in it")

@@ -13,8 +13,9 @@ One entry as it comes out in dump.json::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -113,6 +114,10 @@ class Flushed(msgspec.Struct, frozen=True):
     tell."""
 
 
+NOT_REPLAYED = "no graph that computes it was replayed in this step"
+OVERRUN = "graphs that compute them were replayed more than once in this step; the statistics are of the last time"
+
+
 class Replayed(msgspec.Struct, frozen=True, gc=False):
     """What only the device can tell of a value that a replayed graph has measured."""
 
@@ -160,12 +165,33 @@ class RowSource(Protocol):
         would have was not replayed. May wait for a device."""
 
 
-class Provisional(msgspec.Struct):
-    """Entries of a call that may have been replayed: they count if `row` was measured."""
+Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | None"]
+"""A record, another one with the same values, and the shape of that if it is still to be found out: see
+`encode.share`."""
 
-    row: int
-    entries: list[str]
-    holes: list[Hole]
+
+class Block(NamedTuple):
+    """The entries of a call that a CUDA graph has replayed."""
+
+    entries: Sequence[Entry]
+    measured: Sequence[TensorRecord]
+    """The records in them that this step has measured."""
+    holes: Sequence[Hole]
+    graphs: Mapping[int, dict[str, Any]]
+    """As `Step.graphs`."""
+    lines: bytes | None = None
+    """What dump.json holds of them, if that was asked for: then their records are not filled in."""
+
+
+class Replay(Protocol):
+    """A call that a CUDA graph may have replayed in a step. The device tells; to be asked when all other records of the
+    step are complete."""
+
+    def complete(self) -> Block | None:
+        """With all records filled in; None if it was not replayed."""
+
+    def encode(self) -> Block | None:
+        """The same with `lines` in place of the records."""
 
 
 class Step(msgspec.Struct):
@@ -177,14 +203,16 @@ class Step(msgspec.Struct):
     """Where the statistics of this step's records come from; None where none were taken."""
     records: dict[int, TensorRecord] = {}
     """The records that this step has measured, by row."""
-    shared: list[tuple[TensorRecord, TensorRecord, tuple[int | None, ...] | None]] = []
-    """Records with the statistics of another one: the other one, they, and their shape if that is still to be found out
-    (see `encode.share`)."""
-    provisional: list[Provisional] = []
+    shared: list[Shared] = []
+    """Records with the statistics of another one."""
+    replays: list[Replay] = []
+    """What was replayed stands before all entries, in this order."""
+    blocks: list[Block] = []
+    """What the replays have turned out to be, where they are encoded already."""
     holes: list[Hole] = []
     requests: list[Request] = []
-    graphs: list[dict[str, Any]] = []
-    """The compiled graphs that ran in this step: what compiled them, and what the taps changed."""
+    graphs: dict[int, dict[str, Any]] = {}
+    """The compiled graphs that ran in this step, by id: what compiled them, and what the taps changed."""
     saved: dict[str, Any] = {}
     """What PrecisionDebugger.save() was given (level "debug"), by name: written to debug.json."""
     expected: int = 0
@@ -192,7 +220,14 @@ class Step(msgspec.Struct):
     mix)."""
     captured: int = 0
     """How many of those were captured."""
+    measured: list[TensorRecord] = []
+    """The records whose statistics are of this step; filled in by the writer."""
     flushed: Flushed | None = None
     """Why it was written; None where every step is."""
     finished: bool = False
     """False while the step may still grow (stop() was called, step() was not)."""
+
+    @property
+    def all_entries(self) -> Iterator[Entry]:
+        """Those that are encoded already, and the others."""
+        return chain(chain.from_iterable(block.entries for block in self.blocks), self.entries)

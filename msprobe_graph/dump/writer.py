@@ -1,8 +1,9 @@
 """The one writer: a background thread that turns steps into files, off the hot path.
 
 Steps and tensors are handed over in order and written in order. A step's folder is whole when its manifest says
-"finished": the manifest is the last file written, and every JSON file is replaced in one piece, so a process killed at
-any moment leaves finished steps whole and an unfinished one recognisable.
+"finished": a folder with JSON alone appears in one piece, and in one with tensors the manifest is the last file
+written, and each file of JSON is replaced in one piece. So a process killed at any moment leaves finished steps whole
+and an unfinished one recognisable.
 
 With a ring, steps go into it in place of the files, and from there into files when something fires.
 """
@@ -22,10 +23,10 @@ import msgspec
 import torch
 
 from .boundary import Boundary
-from .encode import complete, document, fields, refuse, share, tree
-from .folder import TENSOR_FOLDER, step_folder, write_whole
-from .manifest import Provenance, manifest
-from .records import Flushed, Hole, Step
+from .encode import SameAgain, complete, document, entry_lines, lines, refuse, share
+from .folder import TENSOR_FOLDER, step_folder, write_folder, write_whole
+from .manifest import Manifests, Provenance
+from .records import NOT_REPLAYED, OVERRUN, Block, Flushed, Hole, Step
 from .ring import Ring, free_memory
 from .saved import File, Saved
 from .stack import Stacks
@@ -37,8 +38,6 @@ QUEUED_BYTES = 1 << 30
 QUEUED_STEPS = 64
 """As many steps may wait to be written; then capture waits for the disk."""
 DRAFT_SECONDS = 0.5
-NOT_REPLAYED = "no graph that computes it was replayed in this step"
-OVERRUN = "graphs that compute them were replayed more than once in this step; the statistics are of the last time"
 
 
 class _Wake(msgspec.Struct):
@@ -96,7 +95,10 @@ class Writer:
         self._short = False
         """Steps had to be dropped to make room."""
         self._boundary = boundary
+        self._manifests = Manifests(provenance)
         self._stacks = Stacks()
+        self._tree = SameAgain()
+        """Of construct.json."""
         # A SimpleQueue, because fire() puts into it from a signal handler, in the middle of anything.
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._room = threading.Condition()
@@ -180,6 +182,12 @@ class Writer:
         called in a signal handler: it doesn't wait."""
         self._jobs.put(_Fire(flushed, running))
 
+    def wait(self, behind: int) -> None:
+        """Return when at most so many of the steps handed over are not on disk yet, or in the ring."""
+        if self._queued_steps > behind and self.pid == os.getpid():
+            with self._room:
+                self._room.wait_for(lambda: self._queued_steps <= behind)
+
     def flush(self) -> None:
         """Return when all that was handed over is on disk or in the ring (or, after a failure, dropped)."""
         if self.pid == os.getpid():
@@ -256,9 +264,11 @@ class Writer:
                 ring.hold(job)
         elif ring is None:
             _complete(job)
+            _take_encoded(job)
             self._write(job)
         elif job.finished:
             _complete(job)
+            _take_replayed(job)
             fired = ring.end(job)
             while len(ring.kept) > ring.keep_last:
                 self._forget(ring.kept.popleft().files)
@@ -319,7 +329,7 @@ class Writer:
     def _write_file(self, file: File) -> None:
         path = self.tensor_file(file.step, file.name)
         if not path.parent.exists():
-            self._begin(file.step)
+            self._begin(path.parent.parent, file.step)
             path.parent.mkdir()
         saved = file.saved
         if saved.value is not None:
@@ -337,29 +347,31 @@ class Writer:
             except OSError:  # a file system without hard links
                 shutil.copyfile(saved.path, path)
 
-    def _begin(self, step: int) -> Path:
-        """The step's folder; the first time with a manifest that says that the step is not finished."""
-        folder = self.folder(step)
+    def _begin(self, folder: Path, step: int) -> None:
+        """Make the step's folder, with a manifest that says that the step is not finished."""
         if not folder.exists():
             folder.mkdir(parents=True)
-            write_whole(folder / "manifest.json", manifest(self.provenance, Step(step)))
-        return folder
+            write_whole(folder / "manifest.json", self._manifests.encode(Step(step)))
 
     def _write_step(self, step: Step) -> None:
-        folder = self._begin(step.number)
+        folder = self.folder(step.number)
+        begun = folder.exists()
         head = self._head(folder)
         files = {
-            "dump.json": document(head, ((entry.name, fields(entry)) for entry in step.entries)),
-            "stack.json": self._stacks.encode(step.entries),
-            "construct.json": tree(self._construct(step)),
+            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), entry_lines(step.entries)]),
+            "stack.json": self._stacks.encode(step.all_entries),
+            "construct.json": self._tree.encode(self._construct(step)),
         }
         if step.saved:
-            files["debug.json"] = document(head, step.saved.items())
+            files["debug.json"] = document(head, [lines(step.saved.items())])
         with self._room:
             self.written += sum(map(len, files.values()))
         if self.full:
             step.holes.append(Hole("later steps", f"max_bytes ({self.max_bytes}) is reached"))
-        files["manifest.json"] = manifest(self.provenance, step)
+        files["manifest.json"] = self._manifests.encode(step)
+        if not begun:
+            write_folder(folder, files)
+            return
         for name, content in files.items():
             write_whole(folder / name, content)
 
@@ -367,7 +379,7 @@ class Writer:
         """Each entry's parent; empty at the levels that know no modules, as msProbe's is."""
         if self.provenance.level not in ("L0", "mix"):
             return {}
-        return {entry.name: entry.parent for entry in step.entries if entry.nested}
+        return {entry.name: entry.parent for entry in step.all_entries if entry.nested}
 
     def _head(self, folder: Path) -> dict[str, str | None]:
         tensors = folder / TENSOR_FOLDER
@@ -396,14 +408,27 @@ def _complete(step: Step) -> None:
         share(measured, other, shape)
     if again:
         step.holes.append(Hole(f"{again} values", OVERRUN))
-    gone: set[str] = set()
-    for call in step.provisional:
-        if statistics[call.row] is not None:
-            step.holes += call.holes
-        else:
-            gone.update(call.entries)
-    if gone:
-        step.entries = [entry for entry in step.entries if entry.name not in gone]
+    step.measured = [*step.records.values(), *(other for _, other, _ in step.shared)]
+
+
+def _take_replayed(step: Step) -> None:
+    """Put the entries of what was replayed in front of the others."""
+    blocks = [block for replay in step.replays if (block := replay.complete()) is not None]
+    _add(blocks, step)
+    step.entries[:0] = [entry for block in blocks for entry in block.entries]
+    step.measured += [record for block in blocks for record in block.measured]
+
+
+def _take_encoded(step: Step) -> None:
+    """The same for a step that is written at once."""
+    step.blocks = [block for replay in step.replays if (block := replay.encode()) is not None]
+    _add(step.blocks, step)
+
+
+def _add(blocks: Iterable[Block], step: Step) -> None:
+    for block in blocks:
+        step.holes += block.holes
+        step.graphs.update(block.graphs)
 
 
 def _save_tensor(value: torch.Tensor, path: Path) -> None:

@@ -9,11 +9,14 @@ has made it, and pinned: a pin says that a node has that very value, and is hand
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from torch import fx
 
 from .stamps import Found, Wanted, find, find_gradients, fits, originals
+from .tap_op import TAP
 
 KEY = "msprobe_graph_pins"
 """Below this name a node has two tuples of ids in ``node.meta["custom"]``: of the values that it is, and of those that
@@ -37,6 +40,27 @@ def pin(graph: fx.Graph, wanted: Mapping[int, Wanted]) -> None:
         pins = (tuple(own.get(node, ())), tuple(equal.get(original.get(node, node), ())))
         if "custom" in node.meta or any(pins):
             node.meta["custom"] = {**node.meta.get("custom", {}), KEY: pins}
+
+
+@contextmanager
+def handed_on(graph: fx.Graph) -> Iterator[None]:
+    """A context for a pass that puts other nodes into the place of some, and forgets what was on them: their pins are
+    on what took their place."""
+    held: dict[fx.Node, Any] = {}
+    for node in list(graph.nodes):
+        pins = node.meta.get("custom", {}).get(KEY, ((), ()))
+        if node.op == "call_function" and any(pins):
+            with graph.inserting_after(node):
+                holder = graph.call_function(TAP, ([node], [], ""))
+            holder.meta["val"] = None
+            held[holder] = pins
+    try:
+        yield
+    finally:
+        for holder, pins in held.items():
+            (node,) = holder.all_input_nodes
+            node.meta["custom"] = {**node.meta.get("custom", {}), KEY: pins}
+            graph.erase_node(holder)
 
 
 def is_pinned(graph: fx.Graph) -> bool:

@@ -115,16 +115,14 @@ class Region:
 
     def replayed(self, context: Context, frame: Frame) -> None:
         """Record a call that a CUDA graph may have replayed as a whole; the device will tell whether it has."""
-        recorder = context.recorder
         if frame.recorded is not None and frame.recorded.holds(context):
             frame.recorded.repeat(context)
         elif frame.slots:
             inputs = [frame.lasting.get(position) for position in range(frame.inputs)]
-            with recorder.if_replayed(frame.rows, next(iter(frame.slots.values()))) as replayable:
+            with context.recorder.if_replayed(frame.rows, next(iter(frame.slots.values()))) as call:
                 invocation = Invocation(self, context, inputs, frame)
                 invocation.finish([None] * frame.outputs)
-            frame.recorded = Recorded.of(replayable, invocation.calls, frame.lasting.values(), context)
-        recorder.graphs[id(self)] = self.description
+            frame.recorded = Recorded.of(call, invocation.calls, frame.lasting.values(), context)
 
     def _lay_out(self, inputs: Sequence[Any], captured: bool) -> Any:
         """A call that nobody records: it is, or may in part be, captured as a CUDA graph."""

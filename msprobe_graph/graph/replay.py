@@ -8,7 +8,7 @@ is over, and the device tells which of them were replayed in it.
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +24,36 @@ from msprobe_graph.taps.rows import has_triton
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
     from msprobe_graph.taps.arrival import Slot
-    from msprobe_graph.taps.recorder import Replayable
+    from msprobe_graph.taps.replayed import ReplayedCall
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
     from .entries import Named
     from .region import Region
 
 
+Counts = Mapping[str, int]
+
+
 class Recorded:
     """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
     but for the values, which come from the device, one step is like the other."""
 
-    def __init__(
-        self, replayable: Replayable, calls: Counter[str], begins: dict[str, int], weights: Sequence[torch.Tensor]
-    ) -> None:
-        self._replayable = replayable
-        self._calls = calls
-        """How many calls of each name there are."""
-        self._begins = begins
-        """The number of the first of them."""
+    def __init__(self, call: ReplayedCall, begin: Counts, end: Counts, weights: Sequence[torch.Tensor]) -> None:
+        """begin, end: how many calls of each name were counted before and after it."""
+        self._call = call
+        self._begin = begin
+        self._end = end
         self._weights = weights
         self._versions = self._found_versions()
 
     @classmethod
     def of(
-        cls, replayable: Replayable, calls: Sequence[Named], lasting: Collection[torch.Tensor], context: Context
+        cls, call: ReplayedCall, named: Sequence[Named], lasting: Collection[torch.Tensor], context: Context
     ) -> Recorded | None:
         """None where the next step may differ: calls are chosen by what went before, or records are kept."""
         if not (context.selection.everything and context.recorder.repeats):
             return None
-        modules = (context.paths.module(call.module) for call in calls)
+        modules = (context.paths.module(each.module) for each in named)
         weights = {
             id(weight): weight
             for module in modules
@@ -62,23 +62,17 @@ class Recorded:
         }
         if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
             return None
-        begins: dict[str, int] = {}
-        for call in calls:
-            begins.setdefault(call.prefix, call.number)
-        return cls(replayable, Counter(call.prefix for call in calls), begins, [*weights.values(), *lasting])
+        begin = {each.prefix: each.number for each in reversed(named)}
+        end = {each.prefix: each.number + 1 for each in named}
+        return cls(call, begin, end, [*weights.values(), *lasting])
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
-        next = context.numbering.next
-        return self._versions == self._found_versions() and all(
-            next(prefix) == number for prefix, number in self._begins.items()
-        )
+        return context.numbering.stands_at(self._begin) and self._versions == self._found_versions()
 
     def repeat(self, context: Context) -> None:
-        for prefix, count in self._calls.items():
-            for _ in range(count):
-                context.numbering.advance(prefix)
-        context.recorder.repeat(self._replayable)
+        context.numbering.go_to(self._end)
+        context.recorder.replays.append(self._call)
 
     def _found_versions(self) -> list[int]:
         with plainly():

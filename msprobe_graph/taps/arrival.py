@@ -1,20 +1,23 @@
-"""What graphs have measured in a step, as it comes to the host."""
+"""What CUDA graphs have measured in a step, as it comes to the host."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
-from .statistics import ROW
+from msprobe_graph.dump.records import Replayed, Statistics
+
+from .statistics import ROW, read_row
 
 SLOT = struct.Struct(f"={ROW.size}s2q")
-"""What the host gets of a slot: its row, how often it was measured, and the number of its shape."""
+"""What arrives of a slot: its row, how often it was measured, and the number of its shape."""
 WORDS = SLOT.size // 8
-"""The same in int64s."""
+"""The same as int64s."""
 
 
 class Event(Protocol):
@@ -41,14 +44,19 @@ class Shape(NamedTuple):
     """Its first dimension is the batch's, padding included."""
 
 
-class Replayed(NamedTuple):
+class Written(NamedTuple):
     """What a slot holds when a step is over."""
 
+    word: int
+    """Where its row begins in what arrives, in words of 8 bytes."""
     row: bytes
     """As `statistics.ROW` has it."""
     fired: int
     """How often the value was measured in the step; the row is that of the last time."""
     shape: tuple[int, ...]
+
+    def statistics(self, dtype: torch.dtype) -> Statistics:
+        return read_row(ROW.unpack(self.row), dtype, Replayed(self.shape, self.fired))
 
 
 class Arrival:
@@ -58,18 +66,39 @@ class Arrival:
         self._host = host
         self._event = event
         self._shapes = shapes
-        self._begin, self._end = rows
-        self._words: bytes | None = None
+        self._rows = rows
 
-    def slot(self, slot: Slot) -> Replayed | None:
-        """None if nothing was measured into it. Waits for the GPU."""
-        if self._words is None:
-            self._event.synchronize()
-            self._words = ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
+    def first(self, slots: Iterable[Slot]) -> Written | None:
+        """The first of the slots that was written; None if none was. Waits for the GPU."""
+        return next((found for slot in slots if (found := self._slot(slot)) is not None), None)
+
+    @functools.cached_property
+    def kind(self) -> Hashable:
+        """The same for arrivals that differ in nothing but the statistics: of the same graphs, replayed as often, with
+        as many rows. Waits for the GPU."""
+        self._event.synchronize()
+        marks = self._host[:, ROW.size // 8 :].contiguous()
+        return ctypes.string_at(marks.data_ptr(), marks.nbytes), self._rows
+
+    @property
+    def address(self) -> int:
+        """Where the words are that `Written.word` counts. Waits for the GPU."""
+        self._event.synchronize()
+        return self._host.data_ptr()
+
+    @functools.cached_property
+    def _words(self) -> bytes:
+        self._event.synchronize()
+        return ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
+
+    def _slot(self, slot: Slot) -> Written | None:
+        if slot.number >= len(self._host):  # of a graph that was captured since
+            return None
         row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
         if not fired:
             return None
         shape, batch = self._shapes[tag]
-        if batch and self._end >= 0:
-            shape = (max(min(shape[0], self._end) - self._begin, 0), *shape[1:])
-        return Replayed(row, fired, shape)
+        begin, end = self._rows
+        if batch and end >= 0:
+            shape = (max(min(shape[0], end) - begin, 0), *shape[1:])
+        return Written(slot.number * WORDS, row, fired, shape)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from . import triton_kernels as kernels
-from .arrival import Arrival, Shape, Slot
+from .arrival import WORDS, Arrival, Shape, Slot
 from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -115,8 +115,8 @@ class GraphRows:
                 kernels.set_control[(1,)](self._control, *state)
 
     def arrive(self) -> Arrival | None:
-        """Have the slots brought to the host as they are at this point of the current stream; they count anew from
-        here. None where there are none."""
+        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
+        anew, and values are not measured. None where there are none."""
         count = len(self._slots)
         if not count:
             return None
@@ -125,12 +125,13 @@ class GraphRows:
 
     def _arrive(self, count: int) -> Arrival:
         self._wait()
-        out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
-        kernels.finish[(count,)](self._rows, self._headers, out, RESET=True, num_warps=FINISHING_WARPS)
+        out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
+        kernels.finish[(count,)](self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
         event = torch.Event(self.device)
         event.record()
+        self._state = (0, *self._state[1:])
         return Arrival(host, event, self._shapes, self._state[1:])
 
     def _beside(self) -> torch.cuda.StreamContext:

@@ -8,10 +8,11 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+from msprobe_graph.extension import shared_library
 
 from .unmeasurable import Unmeasurable, address_of
 
@@ -111,16 +112,15 @@ class Library:
 
 def load(folder: Path) -> Library | None:
     """The library that lies in `folder`; without one a warning and None."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_statistics{suffix}"
-        if path.is_file():
-            try:
-                return Library(path)
-            except (OSError, AttributeError) as error:  # AttributeError: it lacks one of the functions
-                _warn(f"{path} can't be used ({error})")
-                return None
-    _warn(f"there is no compiled _statistics in {folder}")
-    return None
+    path = shared_library(folder, "_statistics")
+    if path is None:
+        _warn(f"there is no compiled _statistics in {folder}")
+        return None
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:  # AttributeError: it lacks one of the functions
+        _warn(f"{path} can't be used ({error})")
+        return None
 
 
 @functools.cache

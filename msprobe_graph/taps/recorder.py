@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from msprobe_graph.config import Settings, Slice
 from msprobe_graph.dump.encode import describe
-from msprobe_graph.dump.records import Entry, Hole, Provisional, Request, Step, TensorRecord
+from msprobe_graph.dump.records import Entry, Hole, Request, Shared, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
 from .measured import Known, Measured
 from .padding import Padding
+from .replayed import ReplayedCall, ReplayedValue, ReplayInStep
+from .row_memory import RowMemory
 from .rows import Rows
 from .unmeasurable import Unmeasurable, refuse_captured
 
@@ -33,26 +35,6 @@ MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
 
 _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
-
-
-ReplayedValue = tuple[TensorRecord, "Sequence[Slot]", torch.dtype]
-"""A value that a CUDA graph measures, and into which slots."""
-
-
-Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | None"]
-"""See Step.shared."""
-
-
-class Replayable(NamedTuple):
-    """What was recorded of a call that CUDA graphs replay."""
-
-    graph: RowsInGraphs
-    slots: Sequence[Slot]
-    """One of them is written whenever the call is replayed."""
-    entries: dict[str, Entry]
-    holes: list[Hole]
-    values: list[ReplayedValue]
-    views: list[Shared]
 
 
 class Recorder:
@@ -70,6 +52,7 @@ class Recorder:
         self._writer = writer
         self.repeats = settings.keep_last is None
         """Whether records may be filled in anew, as those of a step that was written."""
+        self._row_memory = RowMemory()
         self.forget()
         self.begin(0)
 
@@ -80,11 +63,13 @@ class Recorder:
     def begin(self, number: int) -> None:
         """Start step `number` with nothing in it."""
         self._number = number
-        self._rows = Rows()
+        self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}
         self._shared: list[Shared] = []
-        self._replayed: list[ReplayedValue] = []
-        self._provisional: list[Provisional] = []
+        self.replays: list[ReplayedCall] = []
+        """The calls that CUDA graphs may have replayed as a whole."""
+        self._replayed_now: ReplayedCall | None = None
+        """The one of them that is being recorded."""
         self._measured.begin()
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
@@ -108,10 +93,10 @@ class Recorder:
             rows=self._rows if self._measures else None,
             records=dict(self._records),
             shared=list(self._shared),
-            provisional=list(self._provisional) if finished else [],
+            replays=[ReplayInStep(call, self._rows.arrival(call.graph)) for call in self.replays] if finished else [],
             holes=[*self.holes, *holes],
             requests=list(self.requests),
-            graphs=[describe_graph() for describe_graph in self.graphs.values()],
+            graphs={graph: describe_graph() for graph, describe_graph in self.graphs.items()},
             saved=dict(self.saved),
             expected=expected,
             captured=captured,
@@ -170,7 +155,10 @@ class Recorder:
     def replayed(self, graph: RowsInGraphs, slots: Sequence[Slot], dtype: torch.dtype) -> TensorRecord:
         """The record of a value that a CUDA graph measures when it is replayed."""
         record = TensorRecord("torch.Tensor", _DTYPES[dtype], None, None, None, None, None, False)
-        self._expect(graph, (record, slots, dtype))
+        if self._replayed_now is None:
+            self._records[self._rows.reserve(graph, slots, dtype)] = record
+        else:
+            self._replayed_now.values.append(ReplayedValue(record, slots, dtype))
         return record
 
     def view_of(self, record: TensorRecord, shape: tuple[int | None, ...]) -> TensorRecord:
@@ -180,49 +168,21 @@ class Recorder:
         return view
 
     @contextmanager
-    def in_front(self) -> Iterator[None]:
-        """Entries that are recorded inside come before those that are there."""
-        behind, self.entries = self.entries, {}
+    def if_replayed(self, graph: RowsInGraphs, slots: Sequence[Slot]) -> Iterator[ReplayedCall]:
+        """What is recorded inside counts only if one of the slots turns out to have been written.
+
+        What is given may be appended to `replays` in later steps, for the same entries with their values, but not
+        where a ring keeps them, as their records would change.
+        """
+        call = self._replayed_now = ReplayedCall(graph, slots)
+        self.replays.append(call)
+        outside = self.entries, self.holes, self._shared, self.graphs
+        self.entries, self.holes, self._shared, self.graphs = call.entries, call.holes, call.shared, call.graphs
         try:
-            yield
+            yield call
         finally:
-            self.entries.update(behind)
-
-    @contextmanager
-    def if_replayed(self, graph: RowsInGraphs, slots: Sequence[Slot]) -> Iterator[Replayable]:
-        """What is recorded inside counts only if one of the slots turns out to have been written. It can be recorded
-        again in later steps, with `repeat`."""
-        holes, values, views = len(self.holes), len(self._replayed), len(self._shared)
-        replayable = Replayable(graph, slots, {}, [], [], [])
-        behind, self.entries = self.entries, replayable.entries
-        try:
-            yield replayable
-        finally:
-            self.entries = behind
-        replayable.holes.extend(self.holes[holes:])
-        replayable.values.extend(self._replayed[values:])
-        replayable.views.extend(self._shared[views:])
-        del self.holes[holes:]
-        self._provide(replayable)
-
-    def repeat(self, replayable: Replayable) -> None:
-        """Record again what an earlier step has recorded in `if_replayed`: the same entries, with this step's values.
-
-        Not for steps that a ring keeps, as their records would change."""
-        for value in replayable.values:
-            self._expect(replayable.graph, value)
-        self._shared.extend(replayable.views)
-        self._provide(replayable)
-
-    def _provide(self, replayable: Replayable) -> None:
-        row = self._rows.reserve(replayable.graph, replayable.slots, torch.float32)
-        self.entries.update(replayable.entries)
-        self._provisional.append(Provisional(row, list(replayable.entries), replayable.holes))
-
-    def _expect(self, graph: RowsInGraphs, value: ReplayedValue) -> None:
-        record, slots, dtype = value
-        self._records[self._rows.reserve(graph, slots, dtype)] = record
-        self._replayed.append(value)
+            self.entries, self.holes, self._shared, self.graphs = outside
+            self._replayed_now = None
 
     def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
         return {

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msprobe_graph.dump.records import Replayed, Statistics
+from msprobe_graph.dump.records import Statistics
 
 from . import native, portable
 from .device import of as device_of
+from .row_memory import RowMemory
 from .statistics import ROW, read_row
 from .unmeasurable import Unmeasurable, address_of, refuse_unmeasurable
 
@@ -40,7 +41,9 @@ class Rows:
     `add` may be called from several threads (a backward pass has its own), `fetch` once, after the last of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: RowMemory | None = None) -> None:
+        """`memory` of GPUs that the rows of earlier steps have used."""
+        self._memory = memory
         self._native = native.library()
         self._numbers = itertools.count()
         self._dtypes: dict[int, torch.dtype] = {}
@@ -89,11 +92,16 @@ class Rows:
         have if the step is `finished`. To be called in the stream's order."""
         with self._lock:
             for rows, _ in self._on_gpus.values():
-                rows.seal()
+                rows.seal(finished)
         if finished:
             for graph, _ in self._reserved.values():
-                if graph not in self._arrivals:
-                    self._arrivals[graph] = graph.arrive()
+                self.arrival(graph)
+
+    def arrival(self, graph: RowsInGraphs) -> Arrival | None:
+        """What CUDA graphs have measured in this step, which is over."""
+        if graph not in self._arrivals:
+            self._arrivals[graph] = graph.arrive()
+        return self._arrivals[graph]
 
     def fetch(self) -> list[Statistics | None]:
         """The statistics of all rows, by number; None for one that was reserved and not written. Waits for the devices
@@ -119,13 +127,8 @@ class Rows:
     def _replayed(self, number: int) -> Statistics | None:
         graph, slots = self._reserved[number]
         arrival = self._arrivals.get(graph)
-        if arrival is not None:
-            for slot in slots:
-                written = arrival.slot(slot)
-                if written is not None:
-                    replayed = Replayed(written.shape, written.fired)
-                    return read_row(ROW.unpack(written.row), self._dtypes[number], replayed)
-        return None
+        written = None if arrival is None else arrival.first(slots)
+        return None if written is None else written.statistics(self._dtypes[number])
 
     def _add_elsewhere(self, tensor: torch.Tensor) -> int:
         """A tensor that the C code doesn't read."""
@@ -152,7 +155,7 @@ class Rows:
             stream = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
             known = self._on_gpus.get(stream)
             if known is None:
-                known = self._on_gpus[stream] = TritonRows(tensor.device), []
+                known = self._on_gpus[stream] = TritonRows(tensor.device, self._memory), []
             rows, numbers = known
             number = next(self._numbers)
             self._dtypes[number] = tensor.dtype

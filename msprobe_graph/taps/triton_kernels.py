@@ -20,8 +20,6 @@ PARTS = tl.constexpr(64)
 """Parts that `finish` reads at once."""
 FIELDS = 16
 """int64s that describe one value in the table that `measure_listed` reads: see `describe`."""
-WORDS = 10
-"""int64s that `finish` writes for one value: its row, fired, tag."""
 
 INFINITY = tl.constexpr(float("inf"))
 LEAST = tl.constexpr(-(2**63))
@@ -289,9 +287,13 @@ def set_control(control, on: tl.int64, begin: tl.int64, end: tl.int64):
 
 
 @triton.jit
-def finish(rows, headers, out, RESET: tl.constexpr):
+def finish(rows, headers, out, control):
     """Make one row of each value's parts: out[i] is the row of the value whose header is row headers[i], how often it
-    was measured, and the tag of the last time. Grid: (values,). RESET: count anew from here."""
+    was measured, and the tag of the last time (`arrival.SLOT`). Grid: (values,). `control`: of listed values, which
+    count anew from here and are switched off; else None."""
+    if control is not None:  # noqa: SIM102, decided when the kernel is compiled
+        if tl.program_id(0) == 0:
+            tl.store(control, 0)
     header = rows + tl.load(headers + tl.program_id(0)) * 8
     out = out + tl.program_id(0).to(tl.int64) * 10
     fired = tl.load(header)
@@ -355,5 +357,5 @@ def finish(rows, headers, out, RESET: tl.constexpr):
             tl.store(out + 5, tl.min(exact_lows) ^ flip)
         tl.store(out + 6, tl.sum(negative_counts))
         tl.store(out + 7, count)
-        if RESET:
+        if control is not None:
             tl.store(header, 0)

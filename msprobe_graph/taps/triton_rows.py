@@ -10,13 +10,13 @@ import torch
 import triton.language as tl
 
 from . import triton_kernels as kernels
+from .arrival import WORDS
 from .native import BYTE_DTYPES
+from .row_memory import RowMemory
 from .statistics import ROW
 
 MOST_PARTS = 264
 """Of one value: two programs for each multiprocessor of an H200, which read as fast as its memory gives."""
-CHUNK = 1 << 17
-"""Rows that are allocated at once: 8 MiB."""
 WARPS = 8
 
 
@@ -124,11 +124,12 @@ class TritonRows:
     """The rows of one step that one stream of a GPU writes: the one that is current where they are made. Nothing here
     waits for it but `fetch`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory: RowMemory | None = None) -> None:
         self.device = device
         self._stream = torch.cuda.current_stream(device)
+        self._memory = memory or RowMemory()
         self._chunks: list[torch.Tensor] = []
-        self._used = CHUNK
+        self._used = 0
         """Rows of the last chunk that are taken."""
         self._headers: list[tuple[int, int]] = []
         """Of each value: its chunk, and its header's row there."""
@@ -157,15 +158,21 @@ class TritonRows:
         )  # fmt: skip
         self._headers.append((len(self._chunks) - 1, header))
 
-    def seal(self) -> None:
-        """Have what was measured so far brought to the host, behind the work that measures it. In any thread."""
+    def seal(self, finished: bool = False) -> None:
+        """Have what was measured so far brought to the host, behind the work that measures it. In any thread. When it
+        is `finished` nothing is added any more."""
         count = len(self._headers)
-        if count and (self._sealed is None or self._sealed[2] != count):
-            with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
+            if count and (self._sealed is None or self._sealed[2] != count):
                 self._seal(count)
+            if finished:
+                for at, chunk in enumerate(self._chunks, 1):
+                    used = self._used if at == len(self._chunks) else len(chunk)
+                    self._memory.give_back(chunk, used, self._stream)
+                self._chunks.clear()
 
     def _seal(self, count: int) -> None:
-        out = torch.empty((count, kernels.WORDS), dtype=torch.int64, device=self.device)
+        out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
         headers = torch.tensor([header for _, header in self._headers], dtype=torch.int64, pin_memory=True)
         headers = headers.to(self.device, non_blocking=True)
         begin = 0
@@ -174,7 +181,7 @@ class TritonRows:
             while end < count and self._headers[end][0] == at:
                 end += 1
             if end > begin:
-                kernels.finish[(end - begin,)](chunk, headers[begin:end], out[begin:end], RESET=False, num_warps=2)
+                kernels.finish[(end - begin,)](chunk, headers[begin:end], out[begin:end], None, num_warps=2)
             begin = end
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
@@ -190,11 +197,11 @@ class TritonRows:
         host, event, _ = self._sealed
         event.synchronize()
         words = ctypes.string_at(host.data_ptr(), host.nbytes)
-        return [words[at : at + ROW.size] for at in range(0, len(words), 8 * kernels.WORDS)]
+        return [words[at : at + ROW.size] for at in range(0, len(words), 8 * WORDS)]
 
     def _take(self, rows: int) -> tuple[torch.Tensor, int]:
-        if self._used + rows > CHUNK:
-            self._chunks.append(torch.zeros((max(CHUNK, rows), 8), dtype=torch.int64, device=self.device))
+        if not self._chunks or self._used + rows > len(self._chunks[-1]):
+            self._chunks.append(self._memory.take(rows, self._stream))
             self._used = 0
         header, self._used = self._used, self._used + rows
         return self._chunks[-1], header

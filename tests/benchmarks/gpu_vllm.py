@@ -2,10 +2,10 @@
 
     python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8] [--level L0] [--rounds 5] [--vllm JSON]
 
-vLLM runs as it starts by itself, with CUDA graphs, in its own process, on a Qwen2 of the size 0.5b or 7b with dummy
-weights in bfloat16. One process is untapped; in another capture is switched on and off in turn (msprobe_start and
-msprobe_stop). A decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a prefill is
-one request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
+vLLM runs as it starts by itself, with CUDA graphs and its engine in a process of its own, on a Qwen2 of the size 0.5b
+or 7b with dummy weights in bfloat16. One engine is untapped; in another capture is switched on and off in turn
+(msprobe_start and msprobe_stop). A decode step is the time of 72 tokens less that of 8, over 64, for all requests at
+once; a prefill is one request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
 
     0.5b, 8 requests, L0     untapped           switched off                     on
     decode step              1.3.. ms         1.31. ms   1...        15.1.. ms   ....
@@ -155,8 +155,7 @@ def main() -> None:
     parser.add_argument("--vllm", default="{}", help="further arguments for vllm.LLM, as JSON")
     parser.add_argument("--untapped", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # In one process: nothing but the step counts, and capture is switched before the next one.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["VLLM_CACHE_ROOT"] = name

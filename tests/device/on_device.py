@@ -132,7 +132,7 @@ def test_rows_are_of_the_last_replay_and_count() -> None:
         arrival = rows.arrive()
         assert arrival is not None
         for each, offset, factor in ((slot, 0, 2), (other, 100, 1)):
-            found = arrival.slot(each)
+            found = arrival.first([each])
             assert (0 if found is None else found.fired) == replays
             if found is not None:
                 values = batch(replays - 1).double() * factor + offset
@@ -157,7 +157,7 @@ def test_padded_rows_do_not_count(dtype: torch.dtype) -> None:
         graph.replay()
         arrival = rows.arrive()
         assert arrival is not None
-        found = arrival.slot(slot)
+        found = arrival.first([slot])
         assert found is not None
         counted = values[begin : end if end >= 0 else None]
         assert found.shape == tuple(counted.shape)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msprobe_graph.dump.encode import complete, document, number, refuse, share
+from msprobe_graph.dump.encode import complete, document, lines, number, refuse, share
 from msprobe_graph.dump.records import Replayed, Statistics, Step, TensorRecord
 
 from .conftest import NewWriter, Strict, Written
@@ -178,7 +178,7 @@ def test_always_json(written: Written, value: Any) -> None:
 
 @given(st.floats())
 def test_numbers_come_back(value: float) -> None:
-    text = document({}, [("entry", number(value))])
+    text = document({}, [lines([("entry", number(value))])])
     back = json.loads(text)["data"]["entry"]
     assert back == ("nan" if math.isnan(value) else value)
 

@@ -320,8 +320,8 @@ def record(bad: str = "") -> TensorRecord:
 
 def sighted(*entries: tuple[str, dict[str, Any]], kinds: tuple[str, ...] = ("nan", "inf")) -> dict[str, Any]:
     made = [Entry(name, parts) for name, parts in entries]
-    measured = {0: record("nan"), 1: record("+")}  # some tensor has them
-    found = first_sightings(Step(0, made, records=measured), kinds, lambda name: True)
+    measured = [record("nan"), record("+")]  # some tensor has them
+    found = first_sightings(Step(0, made, measured=measured), kinds, lambda name: True)
     return {kind: (each.entry, each.position) for kind, each in found.items()}
 
 

@@ -18,8 +18,8 @@ import torch
 
 from msprobe_graph.config import load_settings
 from msprobe_graph.dump import writer as writer_module
-from msprobe_graph.dump.folder import write_whole
-from msprobe_graph.dump.reader import read, steps
+from msprobe_graph.dump.folder import write_folder, write_whole
+from msprobe_graph.dump.reader import DumpError, read, steps
 from msprobe_graph.dump.records import Entry, Frame, Hole, Request, Step
 from msprobe_graph.dump.writer import Writer
 from msprobe_graph.taps.recorder import Recorder
@@ -85,7 +85,7 @@ def test_a_step_is_unfinished_until_its_last_file_is_written(
 ) -> None:
     """Cut off after each number of files, a step reads as unfinished until the last."""
     finished = []
-    for files in range(1, 6):
+    for files in range(1, 5):
         left = files
 
         def cut(path: Path, content: bytes) -> None:
@@ -94,13 +94,34 @@ def test_a_step_is_unfinished_until_its_last_file_is_written(
             if left >= 0:
                 write_whole(path, content)
 
-        monkeypatch.setattr(writer_module, "write_whole", cut)
+        monkeypatch.setattr(writer_module, "write_whole", write_whole)
         writer = new_writer()
+        writer.submit(Step(0))
+        writer.flush()
+        monkeypatch.setattr(writer_module, "write_whole", cut)
         writer.submit(Step(0, finished=True))
         writer.flush()
-        if (writer.folder(0) / "dump.json").exists():
-            finished.append(read(writer.folder(0)).finished)
+        finished.append(read(writer.folder(0)).finished)
     assert finished == [False, False, False, True]
+
+
+def test_a_step_that_is_written_at_once_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Files(dict[str, bytes]):
+        def items(self) -> Any:
+            yield from [("dump.json", b"{}"), ("stack.json", b"{}")]
+            raise Killed
+
+    folder = tmp_path / "step0" / "rank0"
+    with pytest.raises(Killed):
+        write_folder(folder, Files())
+    assert not folder.exists()
+    with pytest.raises(DumpError, match="holds no dump"):
+        steps(tmp_path)
+    write_folder(folder, {"dump.json": b'{"task": "statistics", "level": "L0", "data": {}}'})
+    assert steps(tmp_path) == [folder]
 
 
 def test_an_unfinished_step_says_so_and_may_grow(new_writer: NewWriter) -> None:

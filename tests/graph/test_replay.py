@@ -12,7 +12,7 @@ from torch import nn
 
 from msprobe_graph import PrecisionDebugger, msprobe_backend
 from msprobe_graph.dump.reader import StepDump, read, steps
-from msprobe_graph.dump.writer import OVERRUN
+from msprobe_graph.dump.records import OVERRUN
 
 from ..capturing import holes, modules
 

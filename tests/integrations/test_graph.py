@@ -151,6 +151,38 @@ def test_tensors_are_saved_as_an_eager_run_saves_them(run: Runner, tiny_model: P
     assert compared > 200
 
 
+def test_shared_sites_tell_how_they_are_shared(run: Runner) -> None:
+    """The pieces of both ranks have the size, and the extremes, of the whole value of a single one."""
+    whole, shared = run("eager", STATISTICS), run("3-eager", MODULES, ranks=2)
+    assert whole.steps[0].manifest is not None
+    assert whole.steps[0].manifest["sharding"] == {}
+    one, *ranks = whole.steps[0], *shared.steps[:2]
+    told = [step.manifest["sharding"] for step in ranks if step.manifest is not None]
+    assert told[0] == told[1]
+    records = [
+        {(site(step, each.entry), each.position): each.record for each in step.tensors()} for step in (one, *ranks)
+    ]
+    seen = set()
+    for path, places in told[0].items():
+        for position, split in places.items():
+            single, *pieces = (found.get((path, position)) for found in records)
+            if single is None or any(piece is None or piece["Max"] is None for piece in pieces):
+                continue
+            seen.add((path.rpartition(".")[2], position))
+            for piece in pieces:
+                assert piece["shape"][split["dim"]] == sum(split["sizes"])
+                assert 2 * piece["shape"][split["dim"]] == single["shape"][split["dim"]]
+            assert max(piece["Max"] for piece in pieces) == pytest.approx(single["Max"], rel=1e-4)
+            assert min(piece["Min"] for piece in pieces) == pytest.approx(single["Min"], rel=1e-4)
+    assert {("qkv_proj", "output.0"), ("o_proj", "input_args.0"), ("down_proj", "parameters.weight")} <= seen
+
+
+def site(step: StepDump, entry: str) -> str | None:
+    """The module that an entry is of; None for a function's."""
+    parts = parse(entry)
+    return step.data[entry]["site"]["module"] if parts.kind == "module" else None
+
+
 def test_each_rank_has_the_modules_of_an_eager_one(run: Runner) -> None:
     """In pieces, which Inductor would compile slowly in each; test_service has two ranks in mode 2 with Inductor."""
     eager, compiled = run("eager", STATISTICS), run("3-eager", MODULES, ranks=2)

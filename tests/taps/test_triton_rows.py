@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from msprobe_graph.taps import Statistics, graph_rows, triton_rows
-from msprobe_graph.taps.arrival import Arrival, Replayed, Slot
+from msprobe_graph.taps import Statistics, graph_rows, row_memory
+from msprobe_graph.taps.arrival import Arrival, Slot, Written
 from msprobe_graph.taps.graph_rows import GraphRows
 from msprobe_graph.taps.statistics import ROW, read_row
 from msprobe_graph.taps.triton_rows import KINDS, MOST_PARTS, TritonRows, layout
@@ -236,7 +236,7 @@ def test_the_same_values_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 def test_rows_fill_several_chunks_and_may_be_fetched_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_rows, "CHUNK", 16)
+    monkeypatch.setattr(row_memory, "CHUNK", 16)
     tensors = [numbers(torch.float32, count) for count in (5, BLOCK, 20 * BLOCK, 7, 3 * BLOCK, 1, 9, 10, 11, 12, 13)]
     rows = TritonRows(DEVICE)
     assert rows.fetch() == []
@@ -246,6 +246,22 @@ def test_rows_fill_several_chunks_and_may_be_fetched_between(monkeypatch: pytest
         assert len(found) == count
         check(found[-1], tensor)
     assert rows.fetch() == measured(*(tensor.to(DEVICE) for tensor in tensors))
+
+
+def test_the_rows_of_one_step_after_the_other() -> None:
+    memory = row_memory.RowMemory()
+    there = [numbers(torch.float32, count) for count in (5, 20 * BLOCK)]
+    here = [tensor.to(DEVICE) for tensor in there]
+    chunks = set()
+    for _ in range(3):
+        rows = TritonRows(DEVICE, memory)
+        for tensor in here:
+            rows.add(tensor)
+        chunks.update(chunk.data_ptr() for chunk in rows._chunks)
+        rows.seal(finished=True)
+        for found, tensor in zip(rows.fetch(), there, strict=True):
+            check(found, tensor)
+    assert len(chunks) == 1
 
 
 class Graph:
@@ -282,13 +298,13 @@ class Step:
         assert arrival is not None
         self.arrival: Arrival = arrival
 
-    def __getitem__(self, slot: Slot) -> Replayed:
-        found = self.arrival.slot(slot)
+    def __getitem__(self, slot: Slot) -> Written:
+        found = self.arrival.first([slot])
         assert found is not None
         return found
 
 
-def check_replayed(found: Replayed, tensor: torch.Tensor) -> None:
+def check_replayed(found: Written, tensor: torch.Tensor) -> None:
     assert found.fired == 1
     assert found.shape == tuple(tensor.shape)
     check(found.row, tensor)
@@ -401,7 +417,7 @@ def test_graphs_of_several_sizes_share_slots(sizes: tuple[int, ...]) -> None:
         (slot,) = graphs[size].slots
         step = Step(rows, graphs[size], end=max(1, size - 3))
         check_replayed(step[slot], there[size][: max(1, size - 3)])
-        assert [other for other in shared if step.arrival.slot(other) is not None] == [slot]
+        assert [other for other in shared if step.arrival.first([other]) is not None] == [slot]
 
 
 def test_what_is_laid_out_beside_a_capture_is_never_part_of_it() -> None:
@@ -413,7 +429,7 @@ def test_what_is_laid_out_beside_a_capture_is_never_part_of_it() -> None:
         large = Graph(rows, [tensor.to(DEVICE)], shared=small.slots)
         step = Step(rows, small)
         check_replayed(step[small.slots[0]], tensor[:1])
-        assert step.arrival.slot(large.slots[0]) is None
+        assert step.arrival.first(large.slots) is None
 
 
 def test_switched_off_nothing_is_measured() -> None:
@@ -422,10 +438,10 @@ def test_switched_off_nothing_is_measured() -> None:
     graph = Graph(rows, [torch.ones(5, device=DEVICE)])
     (slot,) = graph.slots
     graph.replay()
-    assert Step(rows).arrival.slot(slot) is None
+    assert Step(rows).arrival.first([slot]) is None
     assert Step(rows, graph)[slot].fired == 1
     graph.replay()
-    assert Step(rows).arrival.slot(slot) is None
+    assert Step(rows).arrival.first([slot]) is None
 
 
 def test_an_overrun_is_counted_anew_in_each_step() -> None:

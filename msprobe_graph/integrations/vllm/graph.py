@@ -39,6 +39,7 @@ from msprobe_graph.graph.handoff import Compiled, Taps, hand_on, tap_dynamo_grap
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions
 from msprobe_graph.graph.passes import EXACT, PIN, passes
+from msprobe_graph.graph.pins import handed_on
 from msprobe_graph.graph.plan import fixed_in, node_of
 from msprobe_graph.graph.region import Region
 from msprobe_graph.version import __version__
@@ -85,7 +86,7 @@ class GraphCapture:
         self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
         for name, module in compiled_modules(model).items():
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
-        if self._replays_graphs():
+        if self.replays_graphs:
             self._session.replays.listening = True
             self._rounds = model.register_forward_pre_hook(
                 lambda *_: self._session.boundary.attempt("a round of vLLM's", self._begin_round, model)
@@ -99,11 +100,13 @@ class GraphCapture:
         if self._rounds is not None:
             self._rounds.remove()
         lacking = _lacking(self._session)
-        if self._replays_graphs() and lacking is not None:
+        if self.replays_graphs and lacking is not None:
             log.warning(REPLAYED, lacking)
             self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED % lacking))
 
-    def _replays_graphs(self) -> bool:
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether vLLM replays CUDA graphs."""
         return bool(self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
 
     def _begin_round(self, model: nn.Module) -> None:
@@ -205,8 +208,32 @@ class Pieces:
         ours = passes(taps._replace(wanted=inside), tuple(filter(None, [slots.get(PIN)])), exact=slots.get(EXACT))
         if inside:
             slots[PIN], slots[EXACT] = ours.pin, ours.exact
-            backend.pass_manager.add(CallableInductorPass(ours.full, ours.full.uuid()))  # the third slot is vLLM's
+            manager = backend.pass_manager  # the third slot is vLLM's
+            manager.add(CallableInductorPass(ours.full, ours.full.uuid()))
+            manager.configure = functools.partial(_configure, manager, manager.configure)
         return ours.exact.reports
+
+
+def _configure(manager: Any, configure: Callable[[Any], None], config: Any) -> None:
+    """vLLM sets up its passes only now."""
+    configure(config)
+    if hasattr(manager, "ir_lowering"):
+        manager.ir_lowering = Lowering(manager.ir_lowering)
+
+
+class Lowering:
+    """vLLM's pass that puts the operators of an implementation into the place of one of its own."""
+
+    def __init__(self, lower: Any) -> None:
+        self._lower = lower
+
+    def __call__(self, graph: fx.Graph) -> None:
+        with handed_on(graph):
+            self._lower(graph)
+
+    def uuid(self) -> str:
+        """For vLLM's caches, to which it is still the same."""
+        return str(self._lower.uuid())
 
 
 class Unsaved(SerializableCallable):

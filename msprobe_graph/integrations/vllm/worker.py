@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,13 @@ from msprobe_graph.dump.records import Request
 from . import log, run_name
 from .batch import client_name, padded_rows, requests, row_order
 from .compiled import heed_hooks
+from .sharding import sharding
 
 if TYPE_CHECKING:
     from .graph import GraphCapture
+
+BEHIND = 2
+"""As many steps may be on their way to the disk where CUDA graphs make steps so short that writing takes longer."""
 
 
 class WorkerCapture:
@@ -34,8 +39,9 @@ class WorkerCapture:
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
     A call of execute_model with nothing scheduled is no step, but tells which requests are over. A step is on disk
-    before its result is returned, because vLLM kills its workers when it is stopped. A failure in here ends capture,
-    not serving.
+    before its result is returned, because vLLM kills its processes when it is stopped. Where one of them replays CUDA
+    graphs, the last `BEHIND` steps may come later, but when a call with nothing scheduled returns they are there; vLLM
+    makes one when nothing is left to do. A failure in here ends capture, not serving.
 
     Gives the worker three methods for collective_rpc, between steps: msprobe_start, msprobe_stop and msprobe_flush.
     """
@@ -53,6 +59,8 @@ class WorkerCapture:
         """The scheduler's output for the step that runs; None between steps."""
         self._captured = False
         """Whether that step is captured: msprobe_stop, and dump_enable, step and rank in the config, may say no."""
+        self._batch: list[Request] | None = None
+        """That step's requests with their rows, once the batch has been laid out."""
         self._padded: int | None = None
         """How many rows that step's batch has with its padding, once the model has begun to run."""
         self._boundary = Boundary()
@@ -65,6 +73,9 @@ class WorkerCapture:
             from .graph import GraphCapture
 
             self._graphs = GraphCapture(worker.vllm_config, self._debugger.session)
+        # Run in the user's own process vLLM makes no call with nothing scheduled.
+        lags = self._graphs is not None and self._graphs.replays_graphs and multiprocessing.parent_process() is not None
+        self._behind = BEHIND if lags else 0
         for name in ("load_model", "compile_or_warm_up_model", "execute_model", "sample_tokens"):
             setattr(worker, name, functools.partial(getattr(self, f"_{name}"), getattr(worker, name)))
         for rpc in (self.msprobe_start, self.msprobe_stop, self.msprobe_flush):
@@ -112,8 +123,12 @@ class WorkerCapture:
     ) -> Any:
         if self._warm and scheduler_output.finished_req_ids:
             self._safely(self._over, scheduler_output.finished_req_ids)
-        if not self._warm or not scheduler_output.total_num_scheduled_tokens or kwargs.get("dummy_run"):
+        if not self._warm or kwargs.get("dummy_run"):
             return execute_model(scheduler_output, *args, **kwargs)
+        if not scheduler_output.total_num_scheduled_tokens:
+            output = execute_model(scheduler_output, *args, **kwargs)
+            self._safely(self._debugger.session.wait, 0)
+            return output
         self._safely(self._begin, scheduler_output)
         output = self._watched(execute_model, scheduler_output, *args, **kwargs)
         if output is not None or not _samples():
@@ -131,9 +146,12 @@ class WorkerCapture:
     def _watched(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `call` returns, with capture off afterwards. When it raises, its step is left unfinished."""
         try:
-            return call(*args, **kwargs)
-        finally:
+            output = call(*args, **kwargs)
+        except BaseException:
             self._safely(self._debugger.stop)
+            raise
+        self._safely(self._debugger.session.hush)
+        return output
 
     def _load_model(self, load_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loaded = load_model(*args, **kwargs)
@@ -146,6 +164,7 @@ class WorkerCapture:
         model = self._worker.get_model()
         mode = self._worker.vllm_config.compilation_config.mode
         self._models = {"": model}
+        self._debugger.session.sharding = sharding(model)
         if self._graphs is not None:
             self._graphs.warm(model)
         runner = self._worker.model_runner
@@ -164,20 +183,19 @@ class WorkerCapture:
     def _begin(self, scheduler_output: Any) -> None:
         if self._scheduled is not None:  # what was to end it never came
             self._end()
-        self._scheduled, self._padded, self._captured = scheduler_output, None, False
-        batch = self._wanted(scheduler_output)
-        if batch:
-            self._debugger.start(self._models, scheduled_tokens=batch)
-            self._captured = self._debugger.capturing
+        self._scheduled, self._batch, self._padded, self._captured = scheduler_output, None, None, False
+        session = self._debugger.session
+        if self._wanted(scheduler_output):
+            session.resume(self._models)
+            self._captured = session.capturing
         else:
-            self._debugger.session.leave()
+            session.leave()
 
-    def _wanted(self, scheduler_output: Any) -> list[Request]:
-        """The requests of a step that is to be captured; none of one that is not."""
+    def _wanted(self, scheduler_output: Any) -> bool:
+        """Whether a step is to be captured."""
         if not self._switched_on or not self._debugger.session.wanted():
-            return []
-        batch = requests(self._worker, scheduler_output, scheduler_output.num_scheduled_tokens)
-        return batch if self._asked_for(each.request for each in batch) else []
+            return False
+        return self._asked_for(map(client_name, scheduler_output.num_scheduled_tokens))
 
     def _asked_for(self, names: Iterable[str]) -> bool:
         """Whether one of these requests is the one that request_id names, if it names one."""
@@ -201,18 +219,21 @@ class WorkerCapture:
 
     def _resume(self) -> None:
         """Go on, with the requests where they are in the batch, which is known once it has been laid out."""
-        batch = requests(self._worker, self._scheduled, row_order(self._worker, self._scheduled))
-        self._padded = padded_rows(self._worker) or self._padded
-        self._debugger.start(scheduled_tokens=batch, padded_rows=self._padded)
+        if self._batch is None:
+            self._batch = requests(self._worker, self._scheduled, row_order(self._worker, self._scheduled))
+            self._padded = padded_rows(self._worker)
+        self._debugger.session.resume(self._models, self._batch, self._padded)
 
     def _end(self) -> None:
+        session = self._debugger.session
         if self._captured:
-            self._resume()  # for the rows of requests, where no hook on the model could tell
-            self._debugger.stop()
+            if self._batch is None:  # no hook on the model could tell
+                self._resume()
+            session.hush()
         self._scheduled = None
-        self._debugger.step()
+        session.next_step()
         if self._captured:
-            self._debugger.flush()
+            session.wait(self._behind)
 
     def _safely(self, act: Callable[..., Any], *args: Any) -> None:
         """`act`, unless something failed before: then this worker is left alone."""

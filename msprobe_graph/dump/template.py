@@ -1,0 +1,99 @@
+"""JSON in which only numbers change from one step to the next: what CUDA graphs replay has a text of this kind.
+
+Its numbers are words of a table that comes from the device. The code that writes them, template.cpp, runs without the
+interpreter lock and takes about 0.1 us a number. It is optional: without it all text is made anew for each step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from msprobe_graph.extension import shared_library
+
+LONGEST = 32
+"""Bytes that a number may take."""
+
+REAL, INTEGER, BOOLEAN, UNSIGNED = range(4)
+"""How a number is written: `enum Format` in template.cpp is the same."""
+
+
+class Value(NamedTuple):
+    """A row of the table whose numbers stand in the text."""
+
+    word: int
+    """Where the row begins, in words of 8 bytes."""
+    real: bool
+    """It may count values that are not finite."""
+
+
+class Number(NamedTuple):
+    """A number that stands in the text."""
+
+    word: int
+    format: int
+
+
+def mark(index: int) -> msgspec.Raw:
+    """What stands for number `index` in a text until it is filled in; encoded JSON has no zero bytes of its own."""
+    return msgspec.Raw(b"\0%d\0" % index)
+
+
+class Template:
+    """
+    >>> template = Template(b'{"Norm": \\x000\\x00}', [Number(3, REAL)], [Value(0, True)])
+    >>> template.fill(address)                      # of a table whose first row has the norm 0.5
+    b'{"Norm": 0.5}'
+    """
+
+    def __init__(self, text: bytes, numbers: Sequence[Number], values: Sequence[Value]) -> None:
+        """`text` has marks: see `mark`. OSError where numbers can't be filled in, for want of the compiled code."""
+        function = _function()
+        if function is None:
+            raise OSError("there is no compiled _template")
+        pieces = text.split(b"\0")
+        between = [numbers[int(index)] for index in pieces[1::2]]
+        self._text = b"".join(pieces[::2])
+        self._pieces = _array(ctypes.c_int64, [len(piece) for piece in pieces[::2]])
+        self._numbers = _array(ctypes.c_int32, [field for number in between for field in number])
+        self._values = _array(ctypes.c_int32, [int(field) for value in values for field in value])
+        self._room = len(self._text) + LONGEST * len(between)
+        self._fill = functools.partial(
+            function, self._text, self._pieces, self._numbers, len(between), self._values, len(values)
+        )
+
+    def fill(self, table: int) -> bytes | None:
+        """The text with the numbers of the table at that address. None where one of the values is empty or not all
+        finite."""
+        out = ctypes.create_string_buffer(self._room)
+        size = self._fill(table, out)
+        return None if size < 0 else ctypes.string_at(out, size)
+
+
+def fills() -> bool:
+    """Whether there is the code that templates need."""
+    return _function() is not None
+
+
+@functools.cache
+def _function() -> Callable[..., int] | None:
+    path = shared_library(Path(__file__).parent, "_template")
+    if path is None:
+        return None
+    try:
+        fill = ctypes.CDLL(str(path)).msprobe_graph_fill
+    except (OSError, AttributeError):
+        return None
+    fill.restype = ctypes.c_int64
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    fill.argtypes = (ctypes.c_char_p, pointer, pointer, size, pointer, size, pointer, pointer)
+    return fill
+
+
+def _array(kind: type[ctypes._SimpleCData[int]], numbers: Sequence[int]) -> ctypes.Array[ctypes._SimpleCData[int]]:
+    return (kind * len(numbers))(*numbers)

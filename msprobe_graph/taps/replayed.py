@@ -1,0 +1,128 @@
+"""Calls that CUDA graphs replay as a whole: their entries are recorded once, and filled in anew for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from msprobe_graph.dump.encode import complete, entry_lines, refuse, reset, share
+from msprobe_graph.dump.records import NOT_REPLAYED, OVERRUN, Block, Entry, Hole, Shared, TensorRecord
+from msprobe_graph.dump.template import BOOLEAN, INTEGER, REAL, UNSIGNED, Number, Template, Value, fills, mark
+
+from .statistics import REAL as REAL_DTYPES
+
+if TYPE_CHECKING:
+    from .arrival import Arrival, Slot
+    from .rows_in_graphs import RowsInGraphs
+
+MOST_KNOWN = 32
+"""So many kinds of arrivals are known of one call: one for each number of rows, as a rule."""
+
+
+class ReplayedValue(NamedTuple):
+    """A value that a CUDA graph measures."""
+
+    record: TensorRecord
+    slots: Sequence[Slot]
+    """Into one of these."""
+    dtype: torch.dtype
+
+
+class ReplayedCall:
+    """What was recorded of such a call. One object serves all steps in which it is the same; the writer's thread fills
+    its records in, one step after the other."""
+
+    def __init__(self, graph: RowsInGraphs, slots: Sequence[Slot]) -> None:
+        """One of the `slots` is written whenever the call is replayed."""
+        self.graph = graph
+        self.slots = slots
+        self.entries: dict[str, Entry] = {}
+        self.holes: list[Hole] = []
+        self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
+        self.values: list[ReplayedValue] = []
+        self.shared: list[Shared] = []
+        self.known: dict[object, Known] = {}
+        """By the kind of an arrival."""
+
+
+class Known(NamedTuple):
+    """What all steps have in common whose arrivals differ in nothing but numbers."""
+
+    template: Template
+    block: Block
+
+
+class ReplayInStep:
+    """One step's replay of a call, if it was replayed: a `dump.records.Replay`."""
+
+    def __init__(self, call: ReplayedCall, arrival: Arrival | None) -> None:
+        self._call = call
+        self._arrival = arrival
+
+    def complete(self) -> Block | None:
+        arrival = self._arrival
+        if arrival is None or arrival.first(self._call.slots) is None:
+            return None
+        for record, slots, dtype in self._call.values:
+            written = arrival.first(slots)
+            if written is None:
+                refuse(record, NOT_REPLAYED)
+            else:
+                complete(record, written.statistics(dtype))
+        return self._block(arrival)
+
+    def encode(self) -> Block | None:
+        arrival, call = self._arrival, self._call
+        if arrival is None or arrival.first(call.slots) is None:
+            return None
+        if fills():
+            known = call.known.get(arrival.kind)
+            if known is None:
+                if len(call.known) == MOST_KNOWN:
+                    del call.known[next(iter(call.known))]
+                known = call.known[arrival.kind] = Known(self._template(arrival), self._block(arrival))
+            text = known.template.fill(arrival.address)
+            if text is not None:
+                return known.block._replace(lines=text)
+        block = self.complete()
+        return block and block._replace(lines=entry_lines(block.entries))
+
+    def _block(self, arrival: Arrival) -> Block:
+        """When the records are complete."""
+        call = self._call
+        for shared in call.shared:
+            share(*shared)
+        holes = list(call.holes)
+        writings = (arrival.first(value.slots) for value in call.values)
+        again = sum(written is not None and written.fired > 1 for written in writings)
+        if again:
+            holes.append(Hole(f"{again} values", OVERRUN))
+        graphs = {graph: describe() for graph, describe in call.graphs.items()}
+        measured = [*(value.record for value in call.values), *(other for _, other, _ in call.shared)]
+        return Block(list(call.entries.values()), measured, holes, graphs)
+
+    def _template(self, arrival: Arrival) -> Template:
+        """Of the entries' text. The numbers are where `statistics.ROW` has them, for this arrival and all of its
+        kind."""
+        numbers: list[Number] = []
+        values: list[Value] = []
+        for record, slots, dtype in self._call.values:
+            written = arrival.first(slots)
+            if written is None:
+                refuse(record, NOT_REPLAYED)
+                continue
+            reset(record, written.shape)
+            real = dtype in REAL_DTYPES
+            values.append(Value(written.word, real))
+            extremes = REAL if real else _EXTREMES.get(dtype, INTEGER)
+            words = zip((0, 1, 2, 3) if real else (4, 5, 2, 3), (extremes, extremes, REAL, REAL), strict=True)
+            record.Max, record.Min, record.Mean, record.Norm = map(mark, range(len(numbers), len(numbers) + 4))
+            numbers += [Number(written.word + word, format) for word, format in words]
+        for shared in self._call.shared:
+            share(*shared)
+        return Template(entry_lines(self._call.entries.values()), numbers, values)
+
+
+_EXTREMES = {torch.bool: BOOLEAN, torch.uint64: UNSIGNED}

@@ -1,0 +1,47 @@
+"""Memory of a GPU that one step after the other puts its rows into."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+CHUNK = 1 << 17
+"""Rows that are allocated at once: 8 MiB."""
+
+
+class RowMemory:
+    """Chunks of rows that hold zeros, for the stream that takes them.
+
+    A step that is over gives its chunks back, so they are allocated in the first steps only, and never in a pool of
+    memory that is set up for CUDA graphs, where torch finds what it did not expect.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.device, int], list[torch.Tensor]] = defaultdict(list)
+        """By device and stream: what one stream zeroes, another may not use at once."""
+        self._lock = threading.Lock()
+
+    def take(self, rows: int, stream: torch.cuda.Stream) -> torch.Tensor:
+        """int64 zeros of shape [`rows` or more, 8]."""
+        with self._lock:
+            free = self._free[stream.device, stream.cuda_stream]
+            if rows <= CHUNK and free:
+                return free.pop()
+        with ThreadPoolExecutor(1) as elsewhere:  # such pools take what one thread allocates
+            return elsewhere.submit(_zeros, max(CHUNK, rows), stream).result()
+
+    def give_back(self, chunk: torch.Tensor, used: int, stream: torch.cuda.Stream) -> None:
+        """A chunk of whose rows only the first `used` are no longer zeros, and which nothing but what the stream has to
+        do already still reads. To be called with that stream as the current one."""
+        if len(chunk) == CHUNK:
+            chunk[:used].zero_()
+            with self._lock:
+                self._free[stream.device, stream.cuda_stream].append(chunk)
+
+
+def _zeros(rows: int, stream: torch.cuda.Stream) -> torch.Tensor:
+    with torch.cuda.stream(stream):
+        return torch.zeros((rows, 8), dtype=torch.int64, device=stream.device)
