@@ -32,7 +32,7 @@ class AclGraphDumper:
 
     def start(self, model: Any) -> None:
         """Capture `model`: an nn.Module, or what wraps one and gives it by unwrap(), as vLLM's graph wrappers do."""
-        self._debugger.start(_unwrapped(model))
+        self._debugger.start(unwrapped(model))
         self._started = True
 
     def step(self, dump: bool = True) -> None:
@@ -44,7 +44,8 @@ class AclGraphDumper:
             self._debugger.start()  # unless the config leaves this step out
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The module in what wraps one."""
     while not isinstance(model, nn.Module) and hasattr(model, "unwrap"):
         model = model.unwrap()
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from msprobe_graph import AclGraphDumper, acl_save
+from msprobe_graph.dump.reader import read, steps
 
 
 def python(code: str, **environment: str) -> str:
@@ -42,7 +44,8 @@ def test_the_four_names(as_msprobe: None) -> None:
     from msprobe.pytorch import PrecisionDebugger, seed_all
     from msprobe.pytorch import acl_save as save
 
-    assert (Dumper, save) == (AclGraphDumper, acl_save)
+    assert issubclass(Dumper, AclGraphDumper)
+    assert save is acl_save
     assert not hasattr(Dumper, "stop")
     assert _parameters(PrecisionDebugger.__init__)[:5] == ["config_path", "task", "dump_path", "level", "step"]
     assert _parameters(PrecisionDebugger.start)[:4] == ["model", "token_range", "rank_id", "scheduled_tokens"]
@@ -130,3 +133,21 @@ def test_acl_save_gives_back_its_argument(as_msprobe: None, tmp_path: Path) -> N
 
     x = torch.ones(2)
     assert save(x, str(tmp_path / "x.pt")) is x
+
+
+def test_what_vllm_compiles_is_said_to_be_out_of_sight(as_msprobe: None, tmp_path: Path) -> None:
+    from msprobe.pytorch import AclGraphDumper as Dumper
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"dump_path": str(tmp_path / "dump"), "level": "L0"}))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].do_not_compile = False  # as vLLM marks what it compiles
+    dumper = Dumper(str(config))
+    dumper.start(model)
+    model(torch.ones(1, 2))
+    dumper.step()
+    dumper._debugger.stop()
+    (folder,) = steps(tmp_path / "dump")
+    manifest = read(folder).manifest
+    assert manifest is not None
+    assert ("1", True) in [(hole["site"], "--enforce-eager" in hole["reason"]) for hole in manifest["holes"]]

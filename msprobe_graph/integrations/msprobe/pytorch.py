@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import msprobe_graph.debugger.precision_debugger as ours
 from msprobe_graph.config import Settings
-from msprobe_graph.debugger import seeds
-from msprobe_graph.debugger.acl_graph_dumper import AclGraphDumper
+from msprobe_graph.debugger import acl_graph_dumper, seeds
 from msprobe_graph.debugger.save_tensor import acl_save
+from msprobe_graph.dump.records import Hole
+from msprobe_graph.integrations.vllm.compiled import compiled_modules
 
 __all__ = ["AclGraphDumper", "PrecisionDebugger", "acl_save", "seed_all"]
+
+log = logging.getLogger("msprobe_graph")
+
+
+UNSEEN = (
+    "vLLM compiles it, and inside of what vllm-ascend compiles or replays nothing is captured yet: start vLLM with "
+    "--enforce-eager to have it"
+)
+
+
+class AclGraphDumper(acl_graph_dumper.AclGraphDumper):
+    """Ours, which says what it can't see of the models of vllm-ascend."""
+
+    def start(self, model: Any) -> None:
+        super().start(model)
+        unseen = [name or "the whole model" for name in compiled_modules(acl_graph_dumper.unwrapped(model))]
+        if unseen:
+            log.warning("of %s there will be holes in the dump: %s", ", ".join(unseen), UNSEEN)
+        self._debugger.session.out_of_reach = [Hole(name, UNSEEN) for name in unseen]
 
 
 class PrecisionDebugger(ours.PrecisionDebugger):
