@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-Host = tuple[torch.Tensor, Callable[[], None]]
-"""A tensor in host memory that nobody else changes, and what to call until its values have arrived there."""
+from msprobe_graph.dump.tensor_files import Host
 
 
 class Device:
