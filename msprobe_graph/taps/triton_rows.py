@@ -117,7 +117,7 @@ def parts(count: int, block: int) -> tuple[int, int]:
 def meaning(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What the 256 bytes of a one-byte float mean, as float32."""
     values = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.float32)
-    return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)  # waits for nothing, whenever it is needed first
 
 
 class TritonRows:
