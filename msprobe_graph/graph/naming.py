@@ -1,15 +1,13 @@
 """The name pass: from dynamo's graph to the plan of its calls.
 
 Names are those of an eager capture. A module call comes from the marks that dynamo's second trace has left, a torch
-call from a node of the graph, which holds what the program called: ``torch._C._nn.linear``, ``operator.add``, the
-method "view".
+call from a node of the graph (`api_calls`).
 """
 
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,15 +15,16 @@ from torch import fx, nn
 
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.dump.encode import describe
-from msprobe_graph.dump.records import Frame
 from msprobe_graph.eager.paths import bare
 
 from ._compat import example_value, memory, source
-from .arguments import Asked, asked, written_arguments
+from .api_calls import api_call, in_body, stack
+from .arguments import written_arguments
 from .elements import in_row_major
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
 from .plan import Absent, Call, Part, Place, Plan, Ref, Value, fixed_in, gradient_id, node_of, refs, value_id, writes_of
+from .sources import FRAME_MODULE, anchors, split_expression
 from .views import parts, whole_views
 from .writes import Writes
 
@@ -80,7 +79,7 @@ class _Naming:
         self._writes = Writes(self._inner)
         self._reshaped: dict[tuple[int, tuple[int | None, ...]], int] = {}
         """Ids of written arguments that are read in another shape, by the argument's and that shape."""
-        self._functionals = functionals(self._inner, _stack, operators.name)
+        self._functionals = functionals(self._inner, stack, operators.name)
         self._at = 0
         """The position before which values are asked for."""
 
@@ -89,7 +88,7 @@ class _Naming:
         for position, node in enumerate(self._inner):
             while left and left[-1].at <= position:
                 self._mark(left.pop())
-            for each in (node, *_in_body(node)):
+            for each in (node, *in_body(node)):
                 self._function_call(each)
         while left:
             self._mark(left.pop())
@@ -213,7 +212,7 @@ class _Naming:
                 output,
                 self._running[-1] if self._running else None,
                 self._gradients(output, lambda at: True)[:1],
-                stack=_stack(node),
+                stack=stack(node),
             )
         )
 
@@ -285,106 +284,8 @@ class _Naming:
     def _place(self, key: str, expression: str) -> Place:
         root, path = split_expression(expression)
         number = key.partition("@")[0]
-        known = self._paths.get(int(number)) if root in _FRAME_MODULE and number.isdigit() else None
+        known = self._paths.get(int(number)) if root in FRAME_MODULE and number.isdigit() else None
         return Place(root, bare(path) if known is None else known)
-
-
-_MEMBER = re.compile(r"\._modules\['([^']+)'\]|\._(?:parameters|buffers)\['([^']+)'\]|\.(\w+)|\['([^']+)'\]")
-_FRAME_MODULE = ("L['self']", "L['fn']")
-"""Where a frame has the module whose forward it is: in the latter if dynamo has put a function of its own around it, as
-around the forward of torch's own containers."""
-_ROOT = re.compile(r"[A-Z]\['[^']+'\]")
-
-
-def split_expression(expression: str) -> tuple[str, str]:
-    """The variable and the path of an expression of dynamo's.
-
-    >>> split_expression("L['self']._modules['layers']._modules['0']"), split_expression("L['self'].layers.0")
-    (("L['self']", 'layers.0'), ("L['self']", 'layers.0'))
-    """
-    root = _ROOT.match(expression)
-    if root is None:
-        return expression, ""
-    members = _MEMBER.findall(expression[root.end() :])
-    return root.group(), ".".join(next(filter(None, names)) for names in members)
-
-
-def anchors(sources: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
-    """Of the graph's inputs, given by where they come from, those that are parameters or buffers: see Plan.anchors."""
-    found: dict[str, list[tuple[int, str]]] = {}
-    for position, expression in enumerate(sources):
-        if re.search(r"\._(parameters|buffers)\['[^']+'\]$", expression):
-            root, path = split_expression(expression)
-            found.setdefault(root, []).append((position, path))
-    return found
-
-
-_METHODS = {
-    name.strip("_"): name
-    for name in vars(operator)
-    if name.startswith("__") and name.endswith("__") and hasattr(torch.Tensor, name)
-}
-"""Of the functions of `operator`, by name: the method that each calls."""
-
-
-def api_call(node: fx.Node) -> Asked:
-    """The call that `node` is, as eager capture sees it: what was called, with which arguments."""
-    target: Any = node.target
-    if node.op == "call_method":
-        return asked(getattr(torch.Tensor, target, None), node.args, node.kwargs)
-    if node.op != "call_function":
-        return Asked(None, (), {})
-    if target is getattr:
-        return Asked(getattr(getattr(torch.Tensor, str(node.args[1]), None), "__get__", None), node.args[:1], {})
-    if getattr(target, "__module__", None) != "_operator":
-        return asked(target, node.args, node.kwargs)
-    method = _METHODS.get(target.__name__.strip("_"))
-    if method is None or not any(isinstance(example_value(arg), torch.Tensor) for arg in node.all_input_nodes):
-        return Asked(None, (), {})
-    first = node.args[0]
-    if isinstance(first, fx.Node) and isinstance(example_value(first), torch.Tensor):
-        return Asked(getattr(torch.Tensor, method, None), node.args, {})
-    return Asked(getattr(torch.Tensor, f"__r{method[2:]}", None), node.args[::-1], {})
-
-
-_RUN_ONCE = [
-    "invoke_subgraph",
-    "tag_activation_checkpoint",
-    "wrap",
-    "wrap_activation_checkpoint",
-    "wrap_with_autocast",
-    "wrap_with_set_grad_enabled",
-]
-"""Higher-order operators whose body runs as if its calls stood in the program themselves."""
-
-
-def _in_body(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of the bodies that `node` runs: eager capture sees the calls in them, so they count."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _RUN_ONCE:
-        return
-    for argument in node.all_input_nodes:
-        body = getattr(node.graph.owning_module, str(argument.target), None) if argument.op == "get_attr" else None
-        if isinstance(body, fx.GraphModule):
-            for each in body.graph.nodes:
-                yield each
-                yield from _in_body(each)
-
-
-def _stack(node: fx.Node) -> tuple[Frame, ...]:
-    return frames(node.meta.get("stack_trace"))
-
-
-def frames(trace: str | None) -> tuple[Frame, ...]:
-    """A node's stack trace, innermost frame first."""
-    return tuple(reversed(list(_frames(trace or ""))))
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-
-
-def _frames(trace: str) -> Iterator[Frame]:
-    for path, line, function in _FRAME.findall(trace):
-        yield Frame(path, int(line), function)
 
 
 def _unused(value: Any) -> Any:

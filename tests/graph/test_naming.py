@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.graph.arguments import Asked, asked
-from msprobe_graph.graph.naming import NO_MARKS, anchors, frames, plan_of, split_expression
+from msprobe_graph.graph.naming import NO_MARKS, plan_of
 from msprobe_graph.graph.plan import Absent, Plan, Ref, gradient_id, node_of, refs, tensors, value_id
 from msprobe_graph.graph.writes import Writes
 
@@ -36,27 +35,6 @@ def planned(function: Callable[..., Any], *inputs: Any) -> Plan:
     return plan_of(traced(function, *inputs), (), OperatorTable(), lambda name: True, None)
 
 
-@pytest.mark.parametrize(
-    ("expression", "parts"),
-    [
-        ("L['self']", ("L['self']", "")),
-        ("L['self']._modules['layers']._modules['0']", ("L['self']", "layers.0")),
-        ("L['self'].layers.0", ("L['self']", "layers.0")),
-        ("L['self']._modules['fc']._parameters['weight']", ("L['self']", "fc.weight")),
-        ("L['fn']._modules['0']._buffers['mean']", ("L['fn']", "0.mean")),
-        ("G['model'].layers", ("G['model']", "layers")),
-        ("something else", ("something else", "")),
-    ],
-)
-def test_expressions_are_split(expression: str, parts: tuple[str, str]) -> None:
-    assert split_expression(expression) == parts
-
-
-def test_anchors_are_parameters_and_buffers() -> None:
-    sources = ["L['x']", "L['self']._modules['fc']._parameters['weight']", "L['m']._buffers['mean']", "L['self'].scale"]
-    assert anchors(sources) == {"L['self']": [(1, "fc.weight")], "L['m']": [(2, "mean")]}
-
-
 @given(st.integers(0, 10**6))
 def test_ids_lead_back_to_their_node(index: int) -> None:
     value = value_id(index)
@@ -69,15 +47,6 @@ def test_refs_and_absent_tensors_of_a_nest() -> None:
     nest = [Ref(2), {"a": [Ref(4), {"type": "int", "value": 1}]}, absent, None]
     assert list(refs(nest)) == [Ref(2), Ref(4)]
     assert list(tensors(nest)) == [Ref(2), Ref(4), absent]
-
-
-def test_a_stack_trace_is_read_innermost_first() -> None:
-    trace = '  File "/a.py", line 3, in outer\n    inner(x)\n  File "/b.py", line 5, in inner\n    x + 1\n'
-    assert [(frame.path, frame.line, frame.function) for frame in frames(trace)] == [
-        ("/b.py", 5, "inner"),
-        ("/a.py", 3, "outer"),
-    ]
-    assert frames(None) == ()
 
 
 def test_a_plan_has_inputs_calls_and_outputs() -> None:
