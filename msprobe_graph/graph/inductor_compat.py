@@ -6,7 +6,7 @@ What follows from how Inductor works, and not from its interfaces, is told where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import fx
@@ -346,20 +346,25 @@ def _strided(box: ir.TensorBox) -> ir.IRNode | Hole:
         return view
     if isinstance(view, ir.ReinterpretView):
         return view
-    if not isinstance(view, ir.BaseView) or isinstance(base.layout, ir.MutationLayoutSHOULDREMOVE):
+    if not _is_indexed(view) or isinstance(base.layout, ir.MutationLayoutSHOULDREMOVE):
         return Hole("not_strided")
     return _reinterpreted(view)
+
+
+def _is_indexed(view: Any) -> TypeGuard[ir.BaseView]:
+    """Whether Inductor knows where the elements of a view lie: of one in another dtype it doesn't say."""
+    if isinstance(view, ir.MutableBox):
+        return _is_indexed(view.data)
+    if isinstance(view, (ir.Buffer, ir.ReinterpretView)):
+        return True
+    return type(view).make_reindexer is not ir.BaseView.make_reindexer and _is_indexed(view.data)
 
 
 def _reinterpreted(view: ir.BaseView) -> ir.ReinterpretView | Hole:
     """ir.ExternKernel.convert_to_reinterpret_view, without its say in the layout of the buffer: that is settled."""
     index_args, ranges = dependencies.index_vars_squeeze(view.get_size(), prefix="r")
     variables = index_args[0]
-    try:
-        index = view.make_indexer()(variables)
-    except NotImplementedError:  # what Inductor raises for a view that it has no index of
-        return Hole("not_strided")
-    index = V.graph.sizevars.simplify_with_ranges(index, ranges)
+    index = V.graph.sizevars.simplify_with_ranges(view.make_indexer()(variables), ranges)
     strides = V.graph.sizevars.stride_vars(index, variables)
     offset = V.graph.sizevars.offset_var(index, variables)
     if index != sympy_dot(variables, strides) + offset:

@@ -14,17 +14,20 @@ import torch
 
 from msprobe_graph.dump.tensor_files import Host
 
+HostFunction = Callable[[Callable[[], None]], None]
+"""Has a function called when the current stream comes to this point, at each replay where that is captured."""
+
 
 class Device:
     """The host itself: nothing is asynchronous, and nothing captured."""
 
     captures = False
     """Whether it has graphs that are captured and replayed."""
-    calls_host = True
-    """Whether `host_function` works."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.host_function: HostFunction | None = _call
+        """None where torch has no such thing."""
 
     def capturing(self) -> bool:
         """Whether what runs now in the current stream only becomes part of a graph."""
@@ -38,10 +41,6 @@ class Device:
         with torch.no_grad():
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor), _arrived
 
-    def host_function(self, function: Callable[[], None]) -> None:
-        """Have `function` called when the current stream comes to this point, at each replay where that is captured."""
-        function()
-
 
 class Accelerator(Device):
     """A device with streams, whose copies to pinned memory wait for nothing."""
@@ -50,7 +49,7 @@ class Accelerator(Device):
         super().__init__(device)
         self._module: Any = torch.get_device_module(device)
         self.captures = hasattr(self._module, "is_current_stream_capturing")
-        self.calls_host = False  # torch has no such thing for CUDA, which takes functions of C
+        self.host_function = None  # CUDA takes functions of C alone
 
     def capturing(self) -> bool:
         return self.captures and bool(self._module.is_current_stream_capturing())
@@ -70,21 +69,18 @@ class Accelerator(Device):
             copy.copy_(tensor, non_blocking=True)
         return copy, self.record().synchronize
 
-    def host_function(self, function: Callable[[], None]) -> None:
-        raise NotImplementedError(f"torch calls no functions of the host from a stream of {self.device}")
-
 
 class Npu(Accelerator):
     """Ascend's: torch_npu calls functions of Python from a stream, in a thread of its own that has subscribed to it."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.calls_host = hasattr(self._module, "_launch_host_func")
+        self.host_function = self._launch if hasattr(self._module, "_launch_host_func") else None
         self._subscribed: set[Any] = set()
         self._functions: list[Callable[[Any], None]] = []
         """Kept alive: a graph may call them as long as it lives."""
 
-    def host_function(self, function: Callable[[], None]) -> None:
+    def _launch(self, function: Callable[[], None]) -> None:
         stream = self._module.current_stream()
         if stream not in self._subscribed:
             self._subscribed.add(stream)
@@ -104,6 +100,11 @@ _KINDS: dict[str, type[Device]] = {"cpu": Device, "meta": Device, "npu": Npu}
 def of(device: torch.device) -> Device:
     """The adapter of `device`."""
     return _KINDS.get(device.type, Accelerator)(device)
+
+
+def _call(function: Callable[[], None]) -> None:
+    """On the host itself nothing is waited for."""
+    function()
 
 
 def _arrived() -> None:

@@ -71,7 +71,7 @@ def _save_in_graph(x: torch.Tensor, path: str) -> bool:
     if x.device.type == "npu" and hasattr(torch.ops.npu, "save_npugraph_tensor"):
         torch.ops.npu.save_npugraph_tensor(x, save_path=f"{path.removesuffix('.pt')}.graph{next(_captured)}.pt")
         return True
-    if not device.calls_host:
+    if device.host_function is None:
         return False
     host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     with torch.no_grad():

@@ -145,12 +145,12 @@ class WorkerCapture:
 
     def _watched(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `call` returns, with capture off afterwards. When it raises, its step is left unfinished."""
+        afterwards = self._debugger.stop
         try:
             output = call(*args, **kwargs)
-        except BaseException:
-            self._safely(self._debugger.stop)
-            raise
-        self._safely(self._debugger.session.hush)
+            afterwards = self._debugger.session.hush
+        finally:
+            self._safely(afterwards)
         return output
 
     def _load_model(self, load_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
