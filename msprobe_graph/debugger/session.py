@@ -89,8 +89,8 @@ class Session:
         if self._at_max_steps():
             self._end(f"max_steps ({settings.max_steps}) is reached", logging.WARNING)
             return False
-        if self._writer is not None and self._writer.full:
-            self._end(f"max_bytes ({self._writer.max_bytes}) is reached", logging.WARNING)
+        if self._writer is not None and self._writer.budget.full:
+            self._end(f"max_bytes ({self._writer.budget.limit}) is reached", logging.WARNING)
             return False
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,28 @@ class Saved(msgspec.Struct, eq=False):
     """None once they are in a file, or were dropped."""
     size: int
     """Bytes."""
-    wanted: int = 1
-    """How many files were asked for and not dropped since."""
     path: Path | None = None
     """The file that holds them, once it is written."""
+    _wanted: int = 1
+    """How many files were asked for and not dropped since."""
+    _lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
+
+    def want(self) -> bool:
+        """Ask for one file more. False when the values are there no longer, in memory or on disk."""
+        with self._lock:
+            if self.value is None and (self.path is None or not self.path.exists()):
+                return False
+            self._wanted += 1
+            return True
+
+    def unwant(self) -> int:
+        """Drop a file that was asked for. Returns how many bytes of memory are free again."""
+        with self._lock:
+            self._wanted -= 1
+            if self._wanted or self.value is None:
+                return 0
+            self.value = None
+            return self.size
 
 
 class File(msgspec.Struct, eq=False):

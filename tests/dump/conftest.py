@@ -60,7 +60,7 @@ def new_writer(tmp_path: Path) -> Iterator[NewWriter]:
 def written(new_writer: NewWriter, strict: Strict) -> Written:
     def write(parts: dict[str, Any], save: bool = False, **settings: Any) -> dict[str, Any]:
         writer = new_writer()
-        recorder = Recorder(load_settings({"dump_path": str(writer.dump_path), **settings}), writer)
+        recorder = Recorder(load_settings({"dump_path": str(writer.files.dump_path), **settings}), writer)
         measured = {}
         for name, value in parts.items():
             stem = f"Torch.call.0.forward.{name}" if save else None
@@ -68,7 +68,7 @@ def written(new_writer: NewWriter, strict: Strict) -> Written:
         recorder.entries["Torch.call.0.forward"] = Entry("Torch.call.0.forward", measured, module="layers.0", number=2)
         writer.submit(recorder.as_step(True, 0, 0, [], []))
         writer.flush()
-        entry: dict[str, Any] = strict(writer.folder(0) / "dump.json")["data"]["Torch.call.0.forward"]
+        entry: dict[str, Any] = strict(writer.files.folder(0) / "dump.json")["data"]["Torch.call.0.forward"]
         return entry
 
     return write

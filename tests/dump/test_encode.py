@@ -43,7 +43,7 @@ def test_head_of_dump_json(new_writer: NewWriter, strict: Strict) -> None:
     writer = new_writer()
     writer.submit(Step(0, finished=True))
     writer.flush()
-    dump = strict(writer.folder(0) / "dump.json")
+    dump = strict(writer.files.folder(0) / "dump.json")
     assert dump == {"task": "statistics", "level": "mix", "framework": "pytorch", "dump_data_dir": None, "data": {}}
     assert list(dump) == ["task", "level", "framework", "dump_data_dir", "data"]
 

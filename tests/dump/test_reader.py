@@ -42,7 +42,7 @@ def place(folder: Path, text: str = MSPROBES, **files: str) -> Path:
 
 def test_ours_come_back(new_writer: NewWriter) -> None:
     writer = new_writer(task="tensor", level="L1")
-    recorder = Recorder(load_settings({"dump_path": str(writer.dump_path), "task": "tensor"}), writer)
+    recorder = Recorder(load_settings({"dump_path": str(writer.files.dump_path), "task": "tensor"}), writer)
     x, y = torch.tensor([math.nan, math.inf]), torch.randn(3)
     parts: dict[str, Any] = {
         "input_args": [recorder.value(x, "Torch.f.0.forward.input.0")],
@@ -53,7 +53,7 @@ def test_ours_come_back(new_writer: NewWriter) -> None:
     writer.submit(recorder.as_step(True, 0, 0, [], []))
     writer.flush()
 
-    (folder,) = steps(writer.dump_path)
+    (folder,) = steps(writer.files.dump_path)
     step = read(folder)
     assert (step.task, step.level, step.finished) == ("tensor", "L1", True)
     assert step.manifest is not None
@@ -140,4 +140,4 @@ def test_an_unfinished_step_reads(new_writer: NewWriter) -> None:
     writer = new_writer()
     writer.submit(Step(0, [Entry("Torch.f.0.forward", {})]))
     writer.flush()
-    assert not read(writer.folder(0)).finished
+    assert not read(writer.files.folder(0)).finished

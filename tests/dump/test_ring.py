@@ -221,7 +221,7 @@ def test_a_weight_outlives_the_step_that_saved_it_first(tmp_path: Path) -> None:
         assert writer.save_again(number, "weight.pt", saved)
         writer.submit(step(number))
     writer.flush()
-    assert writer.written == saved.size
+    assert writer.budget.taken == saved.size
     writer.fire(Flushed("rpc", 3), running=False)
     writer.flush()
     assert torch.equal(values(tmp_path, 3, "weight.pt"), torch.arange(3))
@@ -243,7 +243,7 @@ def test_values_that_left_the_ring_are_to_be_saved_anew(tmp_path: Path) -> None:
         writer.submit(step(number))
     writer.flush()
     assert saved.value is None
-    assert writer.written == 0
+    assert writer.budget.taken == 0
     assert not writer.save_again(2, "weight.pt", saved)
 
 
@@ -264,21 +264,21 @@ def test_kept_bytes_are_those_of_the_kept_steps(program: list[tuple[bool, bool]]
             kept = [*kept, again][-keep_last:]
             writer.flush()
             on_shared = shared is not None and shared.path is not None
-            assert writer.written - on_disk == 40 * len(kept) + 4000 * (any(kept) and not on_shared)
+            assert writer.budget.taken - on_disk == 40 * len(kept) + 4000 * (any(kept) and not on_shared)
             if fires:
                 writer.fire(Flushed("rpc", number), running=False)
                 writer.flush()
-                kept, on_disk = [], writer.written
+                kept, on_disk = [], writer.budget.taken
                 assert all(len(list(each.rglob("*.pt"))) >= 1 for each in Path(folder).glob("step*"))
 
 
 def test_max_bytes_keeps_fewer_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = ringed(tmp_path, 5, "rpc", max_bytes=12_000)
     for number in range(8):
-        assert not writer.full
+        assert not writer.budget.full
         assert writer.save(number, "x.pt", torch.full((1000,), float(number)))
         writer.submit(step(number))
-    assert not writer.full
+    assert not writer.budget.full
     assert writer.save(8, "large.pt", torch.ones(4000)) is None
     writer.submit(step(8))
     writer.flush()
@@ -294,7 +294,7 @@ def test_max_bytes_keeps_fewer_steps(tmp_path: Path, caplog: pytest.LogCaptureFi
         writer.submit(step(number))
         writer.fire(Flushed("rpc", number), running=False)
         writer.flush()
-    assert writer.full, "the dump has reached it"
+    assert writer.budget.full, "the dump has reached it"
 
 
 def test_a_failing_disk_ends_it_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,7 +304,7 @@ def test_a_failing_disk_ends_it_loudly(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "step1").write_text("in the way")
     writer.fire(Flushed("rpc", 1), running=False)
     writer.flush()
-    assert writer.failed is not None
+    assert writer.files.failed is not None
     assert "stopped writing" in caplog.text
     assert read(tmp_path / "step0" / "rank0").finished
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from msprobe_graph.config import load_settings
-from msprobe_graph.dump import writer as writer_module
+from msprobe_graph.dump import step_files
 from msprobe_graph.dump.folder import write_folder, write_whole
 from msprobe_graph.dump.reader import DumpError, read, steps
 from msprobe_graph.dump.records import Entry, Frame, Hole, Request, Step
@@ -40,7 +40,7 @@ def test_files_of_a_step(new_writer: NewWriter, strict: Strict) -> None:
         )
     )
     writer.flush()
-    folder = writer.dump_path / "step3" / "rank0"
+    folder = writer.files.dump_path / "step3" / "rank0"
     assert {file.name for file in folder.iterdir()} == {"dump.json", "stack.json", "construct.json", "manifest.json"}
     assert list(strict(folder / "dump.json")["data"]) == [entry.name for entry in entries]
     assert strict(folder / "construct.json") == {
@@ -63,7 +63,7 @@ def test_construct_is_empty_at_L1(new_writer: NewWriter, strict: Strict) -> None
     writer = new_writer(level="L1")
     writer.submit(Step(0, [Entry("Functional.linear.0.forward", {})], finished=True))
     writer.flush()
-    assert strict(writer.folder(0) / "construct.json") == {}
+    assert strict(writer.files.folder(0) / "construct.json") == {}
 
 
 def test_a_step_is_unfinished_until_its_last_file_is_written(
@@ -80,14 +80,14 @@ def test_a_step_is_unfinished_until_its_last_file_is_written(
             if left >= 0:
                 write_whole(path, content)
 
-        monkeypatch.setattr(writer_module, "write_whole", write_whole)
+        monkeypatch.setattr(step_files, "write_whole", write_whole)
         writer = new_writer()
         writer.submit(Step(0))
         writer.flush()
-        monkeypatch.setattr(writer_module, "write_whole", cut)
+        monkeypatch.setattr(step_files, "write_whole", cut)
         writer.submit(Step(0, finished=True))
         writer.flush()
-        finished.append(read(writer.folder(0)).finished)
+        finished.append(read(writer.files.folder(0)).finished)
     assert finished == [False, False, False, True]
 
 
@@ -114,11 +114,11 @@ def test_an_unfinished_step_says_so_and_may_grow(new_writer: NewWriter) -> None:
     writer = new_writer()
     writer.submit(Step(0, [Entry("Torch.a.0.forward", {})]))
     writer.flush()
-    assert not read(writer.folder(0)).finished
+    assert not read(writer.files.folder(0)).finished
     writer.submit(Step(0, [Entry("Torch.a.0.forward", {}), Entry("Torch.b.0.forward", {})], finished=True))
     writer.flush()
-    assert read(writer.folder(0)).finished
-    assert list(read(writer.folder(0)).data) == ["Torch.a.0.forward", "Torch.b.0.forward"]
+    assert read(writer.files.folder(0)).finished
+    assert list(read(writer.files.folder(0)).data) == ["Torch.a.0.forward", "Torch.b.0.forward"]
 
 
 def ten_thousand_entries(recorder: Recorder) -> None:
@@ -137,13 +137,13 @@ def ten_thousand_entries(recorder: Recorder) -> None:
 def test_writing_is_linear(new_writer: NewWriter) -> None:
     """10,800 entries at most 1 s (benchmarks/writing.py measures it); here with room for a busy machine."""
     writer = new_writer()
-    recorder = Recorder(load_settings({"dump_path": str(writer.dump_path)}), writer)
+    recorder = Recorder(load_settings({"dump_path": str(writer.files.dump_path)}), writer)
     ten_thousand_entries(recorder)
     begin = time.perf_counter()
     writer.submit(recorder.as_step(True, 0, 0, [], []))
     writer.flush()
     assert time.perf_counter() - begin < 5
-    assert len(read(writer.folder(0)).data) == 10_800
+    assert len(read(writer.files.folder(0)).data) == 10_800
 
 
 def test_the_same_values_are_one_file_on_disk(new_writer: NewWriter) -> None:
@@ -154,7 +154,11 @@ def test_the_same_values_are_one_file_on_disk(new_writer: NewWriter) -> None:
     writer.flush()
     assert writer.save_again(1, "weight.pt", saved)
     writer.flush()
-    files = [writer.tensor_file(0, "weight.pt"), writer.tensor_file(0, "again.pt"), writer.tensor_file(1, "weight.pt")]
+    files = [
+        writer.files.tensor_file(0, "weight.pt"),
+        writer.files.tensor_file(0, "again.pt"),
+        writer.files.tensor_file(1, "weight.pt"),
+    ]
     assert len({file.stat().st_ino for file in files}) == 1
     assert torch.equal(torch.load(files[2]), torch.arange(3))
 
@@ -169,8 +173,8 @@ def test_the_same_values_without_hard_links(new_writer: NewWriter, monkeypatch: 
     assert saved is not None
     assert writer.save_again(1, "weight.pt", saved)
     writer.flush()
-    assert writer.failed is None
-    assert torch.equal(torch.load(writer.tensor_file(1, "weight.pt")), torch.arange(3))
+    assert writer.files.failed is None
+    assert torch.equal(torch.load(writer.files.tensor_file(1, "weight.pt")), torch.arange(3))
 
 
 def test_values_whose_file_was_deleted_are_to_be_saved_anew(new_writer: NewWriter) -> None:
@@ -179,7 +183,7 @@ def test_values_whose_file_was_deleted_are_to_be_saved_anew(new_writer: NewWrite
     assert saved is not None
     writer.flush()
     assert saved.value is None, "what is on disk takes no memory"
-    writer.tensor_file(0, "weight.pt").unlink()
+    writer.files.tensor_file(0, "weight.pt").unlink()
     assert not writer.save_again(1, "weight.pt", saved)
     writer.flush()
-    assert writer.failed is None
+    assert writer.files.failed is None

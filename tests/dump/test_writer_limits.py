@@ -19,7 +19,7 @@ import torch
 from msprobe_graph.dump import writer as writer_module
 from msprobe_graph.dump.reader import read, steps
 from msprobe_graph.dump.records import Entry, Step
-from msprobe_graph.dump.writer import Writer
+from msprobe_graph.dump.step_files import StepFiles
 
 from .conftest import NewWriter, Strict
 
@@ -88,28 +88,28 @@ def test_a_full_disk_stops_the_writer_loudly_and_nothing_else(
 ) -> None:
     """A file where the step's folder should be made: an OSError as good as a full disk."""
     writer = new_writer()
-    (writer.dump_path / "step1").write_text("in the way")
+    (writer.files.dump_path / "step1").write_text("in the way")
     for step in range(4):
         writer.save(step, "x.pt", torch.ones(2))
         writer.submit(Step(step, finished=True))
     writer.flush()
-    assert isinstance(writer.failed, OSError)
-    assert read(writer.folder(0)).finished
-    assert not writer.folder(2).exists()
+    assert isinstance(writer.files.failed, OSError)
+    assert read(writer.files.folder(0)).finished
+    assert not writer.files.folder(2).exists()
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(said) == 1
-    assert str(writer.dump_path) in said[0]
+    assert str(writer.files.dump_path) in said[0]
     assert "lost" in said[0]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_no_space_left(new_writer: NewWriter, caplog: pytest.LogCaptureFixture) -> None:
     writer = new_writer()
-    writer.folder(0).mkdir(parents=True)
-    (writer.folder(0) / "dump.json.part").symlink_to("/dev/full")
+    writer.files.folder(0).mkdir(parents=True)
+    (writer.files.folder(0) / "dump.json.part").symlink_to("/dev/full")
     writer.submit(Step(0, finished=True))
     writer.flush()
-    assert writer.failed is not None
+    assert writer.files.failed is not None
     assert "No space left" in caplog.text
 
 
@@ -117,16 +117,16 @@ def test_no_space_left(new_writer: NewWriter, caplog: pytest.LogCaptureFixture) 
 def test_no_space_left_for_a_tensor(new_writer: NewWriter, caplog: pytest.LogCaptureFixture) -> None:
     """torch.save doesn't raise an OSError then."""
     writer = new_writer()
-    file = writer.tensor_file(0, "x.pt")
+    file = writer.files.tensor_file(0, "x.pt")
     file.parent.mkdir(parents=True)
     file.symlink_to("/dev/full")
     writer.save(0, "x.pt", torch.ones(10_000))
     writer.submit(Step(0, finished=True))
     writer.save(1, "x.pt", torch.ones(1))
     writer.flush()
-    assert isinstance(writer.failed, OSError)
+    assert isinstance(writer.files.failed, OSError)
     assert "stopped writing" in caplog.text
-    assert not writer.folder(1).exists()
+    assert not writer.files.folder(1).exists()
 
 
 def test_a_slow_disk_holds_capture_back(new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_slow_disk_holds_capture_back(new_writer: NewWriter, monkeypatch: pyte
     thread.join(20)
     writer.flush()
     assert most == 3
-    files = [writer.tensor_file(0, f"{number}.pt") for number in range(10)]
+    files = [writer.files.tensor_file(0, f"{number}.pt") for number in range(10)]
     assert [torch.load(file)[0].item() for file in files] == list(range(10))
 
 
@@ -170,19 +170,19 @@ def test_a_tensor_larger_than_the_bound_still_passes(new_writer: NewWriter, monk
     for number in range(3):
         assert writer.save(0, f"{number}.pt", torch.ones(100))
     writer.flush()
-    assert len(list((writer.folder(0) / "dump_tensor_data").iterdir())) == 3
+    assert len(list((writer.files.folder(0) / "dump_tensor_data").iterdir())) == 3
 
 
 def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "QUEUED_STEPS", 2)
     gate = threading.Event()
-    write = Writer._write_step
+    write = StepFiles.take_step
 
-    def slow(self: Writer, step: Step) -> None:
+    def slow(self: StepFiles, step: Step) -> None:
         gate.wait()
         write(self, step)
 
-    monkeypatch.setattr(Writer, "_write_step", slow)
+    monkeypatch.setattr(StepFiles, "take_step", slow)
     writer = new_writer()
     taken = []
 
@@ -199,37 +199,37 @@ def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.
     gate.set()
     thread.join(20)
     writer.flush()
-    assert len(steps(writer.dump_path)) == 5
+    assert len(steps(writer.files.dump_path)) == 5
 
 
 def test_max_bytes_refuses_tensors_and_is_full(new_writer: NewWriter) -> None:
     writer = new_writer(max_bytes=1000)
     assert writer.save(0, "small.pt", torch.ones(100))
-    assert not writer.full
+    assert not writer.budget.full
     assert not writer.save(0, "large.pt", torch.ones(1000))
-    assert writer.full
+    assert writer.budget.full
     writer.submit(Step(0, finished=True))  # the running step is still written
     writer.flush()
-    assert read(writer.folder(0)).finished
-    assert {file.name for file in (writer.folder(0) / "dump_tensor_data").iterdir()} == {"small.pt"}
+    assert read(writer.files.folder(0)).finished
+    assert {file.name for file in (writer.files.folder(0) / "dump_tensor_data").iterdir()} == {"small.pt"}
 
 
 def test_json_counts_against_max_bytes(new_writer: NewWriter) -> None:
     writer = new_writer(max_bytes=3000)
     for number in range(20):
-        if writer.full:
+        if writer.budget.full:
             break
         writer.submit(Step(number, [Entry(f"Torch.a.{n}.forward", {}) for n in range(10)], finished=True))
         writer.flush()
-    on_disk = sum(file.stat().st_size for file in writer.dump_path.rglob("*.json"))
+    on_disk = sum(file.stat().st_size for file in writer.files.dump_path.rglob("*.json"))
     assert 3000 <= on_disk < 2 * 3000
 
 
 def test_by_default_a_fifth_of_the_free_disk_stays_free(new_writer: NewWriter) -> None:
     writer = new_writer()
-    status = os.statvfs(writer.dump_path)
+    status = os.statvfs(writer.files.dump_path)
     free = status.f_bavail * status.f_frsize
-    assert writer.max_bytes == pytest.approx(free * 0.8, rel=0.05)
+    assert writer.budget.limit == pytest.approx(free * 0.8, rel=0.05)
 
 
 def test_one_entry_that_cannot_be_written_costs_no_other_step(
@@ -239,5 +239,5 @@ def test_one_entry_that_cannot_be_written_costs_no_other_step(
     writer.submit(Step(0, [Entry("Torch.a.0.forward", {"output": [object()]})], finished=True))
     writer.submit(Step(1, finished=True))
     writer.flush()
-    assert read(writer.folder(1)).finished
+    assert read(writer.files.folder(1)).finished
     assert "object" in caplog.text

@@ -1,0 +1,147 @@
+"""The files of steps.
+
+A step's folder is whole when its manifest says "finished": a folder with JSON alone appears in one piece, and in one
+with tensors the manifest is the last file written, and each file of JSON is replaced in one piece. So a process killed
+at any moment leaves finished steps whole and an unfinished one recognisable.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .budget import Budget
+from .completion import encode_step
+from .encode import SameAgain, document, entry_lines, lines
+from .folder import TENSOR_FOLDER, step_folder, write_folder, write_whole
+from .manifest import Manifests, Provenance
+from .records import Hole, Step
+from .saved import File
+from .stack import Stacks
+
+log = logging.getLogger("msprobe_graph")
+
+
+class StepFiles:
+    """Writes one process's steps under `dump_path`. What is written counts in `budget`.
+
+    An OSError (disk full, folder gone) sets `failed` and is logged: from then on nothing is written.
+    """
+
+    def __init__(self, dump_path: Path, provenance: Provenance, budget: Budget) -> None:
+        self.dump_path = dump_path
+        self.provenance = provenance
+        self.failed: OSError | None = None
+        self._budget = budget
+        self._manifests = Manifests(provenance)
+        self._stacks = Stacks()
+        self._tree = SameAgain()
+        """Of construct.json."""
+
+    def folder(self, step: int) -> Path:
+        return step_folder(self.dump_path, step, self.provenance.process)
+
+    def tensor_file(self, step: int, name: str) -> Path:
+        return self.folder(step) / TENSOR_FOLDER / name
+
+    def take_step(self, step: Step) -> None:
+        """Complete a step and write it."""
+        encode_step(step)
+        self.write(step)
+
+    def take_file(self, file: File) -> None:
+        self.write(file)
+
+    def drop(self, step: int) -> None:
+        """Remove what there is of a step."""
+        shutil.rmtree(self.folder(step), ignore_errors=True)
+        with suppress(OSError):  # other processes have it, too
+            self.folder(step).parent.rmdir()
+
+    def write(self, job: File | Step) -> None:
+        """Write a file, or a step that is complete."""
+        if self.failed is not None:
+            return
+        try:
+            if isinstance(job, Step):
+                self._write_step(job)
+            else:
+                self._write_file(job)
+        except OSError as error:
+            self.failed = error
+            log.error(
+                "msprobe_graph stopped writing to %s (%s); what was captured since is lost", self.dump_path, error
+            )
+
+    def _write_file(self, file: File) -> None:
+        path = self.tensor_file(file.step, file.name)
+        if not path.parent.exists():
+            self._begin(path.parent.parent, file.step)
+            path.parent.mkdir()
+        saved = file.saved
+        if saved.value is not None:
+            try:
+                _save_tensor(saved.value, path)
+                saved.path = path
+            finally:
+                saved.value = None
+        elif saved.path is not None:
+            try:
+                os.link(saved.path, path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(saved.path, path)
+
+    def _begin(self, folder: Path, step: int) -> None:
+        """Make the step's folder, with a manifest that says that the step is not finished."""
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_whole(folder / "manifest.json", self._manifests.encode(Step(step)))
+
+    def _write_step(self, step: Step) -> None:
+        folder = self.folder(step.number)
+        begun = folder.exists()
+        head = self._head(folder)
+        files = {
+            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), entry_lines(step.entries)]),
+            "stack.json": self._stacks.encode(step.all_entries),
+            "construct.json": self._tree.encode(self._construct(step)),
+        }
+        if step.saved:
+            files["debug.json"] = document(head, [lines(step.saved.items())])
+        self._budget.add(sum(map(len, files.values())))
+        if self._budget.full:
+            step.holes.append(Hole("later steps", f"max_bytes ({self._budget.limit}) is reached"))
+        files["manifest.json"] = self._manifests.encode(step)
+        if not begun:
+            write_folder(folder, files)
+            return
+        for name, content in files.items():
+            write_whole(folder / name, content)
+
+    def _construct(self, step: Step) -> dict[str, str | None]:
+        """Each entry's parent; empty at the levels that know no modules, as msProbe's is."""
+        if self.provenance.level not in ("L0", "mix"):
+            return {}
+        return {entry.name: entry.parent for entry in step.all_entries if entry.nested}
+
+    def _head(self, folder: Path) -> dict[str, str | None]:
+        tensors = folder / TENSOR_FOLDER
+        return {
+            "task": self.provenance.task,
+            "level": self.provenance.level,
+            "framework": "pytorch",
+            "dump_data_dir": str(tensors) if tensors.exists() else None,
+        }
+
+
+def _save_tensor(value: torch.Tensor, path: Path) -> None:
+    """torch.save, which makes a RuntimeError of a disk that refuses."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise OSError(f"torch.save could not write {path}: {error}".partition("\n")[0]) from error
