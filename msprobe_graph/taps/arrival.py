@@ -43,6 +43,11 @@ class Shape(NamedTuple):
     batch: bool
     """Its first dimension is the batch's, padding included."""
 
+    @classmethod
+    def of(cls, value: torch.Tensor, padded: int | None) -> Shape:
+        """padded: rows of the batch, padding included, if there is one."""
+        return cls(tuple(value.shape), padded is not None and value.dim() > 0 and value.shape[0] == padded)
+
 
 class Written(NamedTuple):
     """What a slot holds when a step is over."""

@@ -19,7 +19,7 @@ FINISHING_WARPS = 2
 
 
 class GraphRows:
-    """The rows of one GPU's CUDA graphs. To be made before the first of them is captured: its memory is no graph's."""
+    """Does what `RowsInGraphs` says. To be made before the first graph is captured: its memory is no graph's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,7 +49,6 @@ class GraphRows:
             torch.cuda.synchronize(device)
 
     def takes(self, value: object) -> bool:
-        """Whether a graph can measure this."""
         return (
             isinstance(value, torch.Tensor)
             and value.device == self.device
@@ -61,7 +60,6 @@ class GraphRows:
         )
 
     def prepare(self, values: Iterable[torch.Tensor]) -> None:
-        """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
         for tensor in values:
             kind, lies = KINDS.get(tensor.dtype), layout(tensor)
             if kind is None or lies is None or self._state[0]:
@@ -73,11 +71,6 @@ class GraphRows:
                     self._launch(tensor.dtype, group, 0, 1, 1)  # which does nothing: nothing is switched on
 
     def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
-        """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
-        it or, where they have no room, a new one.
-
-        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
-        """
         groups: dict[tuple[torch.dtype, tuple[Kind, int, bool]], list[tuple[int, ...]]] = defaultdict(list)
         taken: list[Slot] = []
         for slots, tensor in values:
@@ -87,10 +80,10 @@ class GraphRows:
             number_of_parts, each = parts(count, kind.block)
             slot = next((slot for slot in slots if slot.room >= number_of_parts), None) or self._slot(number_of_parts)
             taken.append(slot)
-            batch = padded is not None and tensor.dim() > 0 and tensor.shape[0] == padded
-            inner = count // tensor.shape[0] if batch else 0
+            shape = Shape.of(tensor, padded)
+            inner = count // tensor.shape[0] if shape.batch else 0
             tag = len(self._shapes)
-            self._shapes.append(Shape(tuple(tensor.shape), batch))
+            self._shapes.append(shape)
             entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:])
             groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
         self._waits = True
@@ -105,8 +98,6 @@ class GraphRows:
         return taken
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
-        """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
-        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
         state = (1, begin, end) if on else (0, *self._state[1:])
         if state != self._state:
             self._state = state
@@ -115,8 +106,6 @@ class GraphRows:
                 kernels.set_control[(1,)](self._control, *state)
 
     def arrive(self) -> Arrival | None:
-        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
-        anew, and values are not measured. None where there are none."""
         count = len(self._slots)
         if not count:
             return None

@@ -18,7 +18,7 @@ ROW, FIRED, TAG = slice(0, 8), 8, 9
 
 
 class PlainGraphRows:
-    """The rows of one device's graphs. To be made before the first of them is captured: its memory is no graph's.
+    """Does what `RowsInGraphs` says. To be made before the first graph is captured: its memory is no graph's.
 
     Everything is an operator on tensors of the device, whose addresses stay: what a replay does follows from what is in
     them then.
@@ -36,7 +36,6 @@ class PlainGraphRows:
         self._control = torch.tensor(self._state, dtype=torch.int64).to(self.device)
 
     def takes(self, value: object) -> bool:
-        """Whether a graph can measure this."""
         return (
             isinstance(value, torch.Tensor)
             and value.device == self.device
@@ -51,37 +50,28 @@ class PlainGraphRows:
 
     @torch.no_grad()
     def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
-        """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
-        it or, where there are none, a new one.
-
-        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
-        """
         taken = []
         on, begin, end = self._control.unbind()
         for slots, tensor in values:
             real = portable.precision(tensor)
             slot = slots[0] if slots else self._slot(real is torch.float32)
             taken.append(slot)
-            batch = padded is not None and tensor.dim() > 0 and tensor.shape[0] == padded
-            counted = _rows(tensor, begin, end) if batch else None
+            shape = Shape.of(tensor, padded)
+            counted = _rows(tensor, begin, end) if shape.batch else None
             words = self._words[slot.number]
             tag = torch.full_like(words[:1], len(self._shapes))
-            self._shapes.append(Shape(tuple(tensor.shape), batch))
+            self._shapes.append(shape)
             measured = torch.cat([portable.measure(tensor, real, counted), words[FIRED : FIRED + 1] + 1, tag])
             words.copy_(torch.where(on != 0, measured, words))
         return taken
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
-        """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
-        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
         state = (1, begin, end) if on else (0, *self._state[1:])
         if state != self._state:
             self._state = state
             self._control.copy_(torch.tensor(state, dtype=torch.int64))
 
     def arrive(self) -> Arrival | None:
-        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
-        anew, and values are not measured. None where there are none."""
         count = len(self._single)
         if not count:
             return None

@@ -11,16 +11,28 @@ from .arrival import Arrival, Slot
 
 
 class RowsInGraphs(Protocol):
-    """`graph_rows.GraphRows`, with kernels for CUDA, or `plain_graph_rows.PlainGraphRows`: they say what each does."""
+    """The rows of one device's graphs: `graph_rows.GraphRows`, with kernels for CUDA, or
+    `plain_graph_rows.PlainGraphRows`."""
 
     device: torch.device
 
-    def takes(self, value: object) -> bool: ...
+    def takes(self, value: object) -> bool:
+        """Whether a graph can measure this."""
 
-    def prepare(self, values: Iterable[torch.Tensor]) -> None: ...
+    def prepare(self, values: Iterable[torch.Tensor]) -> None:
+        """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
 
-    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]: ...
+    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
+        """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
+        it or, where they have no room, a new one.
 
-    def switch(self, on: bool, begin: int = 0, end: int = -1) -> None: ...
+        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
+        """
 
-    def arrive(self) -> Arrival | None: ...
+    def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
+        """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
+        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
+
+    def arrive(self) -> Arrival | None:
+        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
+        anew, and values are not measured. None where there are none."""
