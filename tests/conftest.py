@@ -1,4 +1,4 @@
-"""What the tests share: vLLM's environment, a capture, a tiny model, and the reasons for which a test is skipped."""
+"""What the tests share: vLLM's environment, a capture, a folder of wheels, a tiny model, and why a test is skipped."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ def capture(tmp_path: Path) -> Capture:
     """Captures a program, each time into a folder of its own."""
     numbers = itertools.count()
     return lambda *args, **kwargs: capture_into(tmp_path / f"capture{next(numbers)}", *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def wheel_folder(request: pytest.FixtureRequest) -> Path:
+    """Where wheels are kept from one run to the next."""
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("wheels")
 
 
 @pytest.fixture(scope="session")

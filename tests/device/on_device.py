@@ -18,6 +18,7 @@ from msprobe_graph.taps.device import Accelerator, Npu, of
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 
 from ..capturing import holes
+from ..models import Block
 
 NAME = os.environ["HOST_DEVICE"]
 DEVICE: Any = torch.get_device_module(NAME)
@@ -32,18 +33,13 @@ def _compiles_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
-
-
 def model(device: str = NAME) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block()).to(device).eval()
+    return nn.Sequential(Block(8), Block(8)).to(device).eval()
+
+
+def compiled_model(device: str = NAME) -> Any:
+    return torch.compile(model(device), backend=msprobe_backend, options={"inner": "aot_eager"})
 
 
 def batch(number: int, rows: int = 4) -> torch.Tensor:
@@ -94,11 +90,8 @@ def test_eager(tmp_path: Path, level: str, task: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("task", ["statistics", "tensor"])
 def test_compiled(tmp_path: Path, level: str, task: str) -> None:
-    def program(device: str) -> Any:
-        return torch.compile(model(device), backend=msprobe_backend, options={"inner": "aot_eager"})
-
-    (there,) = dumped(tmp_path / "cpu", run(program("cpu"), batch(0)), level=level, task=task)
-    (here,) = dumped(tmp_path / "here", run(program(NAME), batch(0).to(NAME)), level=level, task=task)
+    (there,) = dumped(tmp_path / "cpu", run(compiled_model("cpu"), batch(0)), level=level, task=task)
+    (here,) = dumped(tmp_path / "here", run(compiled_model(), batch(0).to(NAME)), level=level, task=task)
     assert_alike(here, there)
 
 
@@ -171,22 +164,22 @@ def test_padded_rows_do_not_count(dtype: torch.dtype) -> None:
             assert whole[4:6].tolist() == [int(counted.max()), int(counted.min())]
 
 
-def captured(debugger: PrecisionDebugger) -> tuple[Any, torch.Tensor]:
-    """A graph of the compiled model, and its input. The debugger has had one step."""
-    compiled = torch.compile(model(), backend=msprobe_backend, options={"inner": "aot_eager"})
+def captured(debugger: PrecisionDebugger) -> tuple[Any, Any, torch.Tensor]:
+    """The compiled model, a graph of it, and its input. The debugger has had one step."""
+    compiled = compiled_model()
     x = torch.zeros(4, 8, device=NAME)
     with debugger.start(compiled):
         compiled(x)
     graph = DEVICE.Graph()
     with DEVICE.graph(graph):
         compiled(x)
-    return graph, x
+    return compiled, graph, x
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) -> None:
     def replayed(debugger: PrecisionDebugger) -> None:
-        graph, x = captured(debugger)
+        _, graph, x = captured(debugger)
         for number in range(3):
             x.copy_(batch(number))
             with debugger.start():
@@ -195,7 +188,7 @@ def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) ->
             graph.replay()  # in no step
 
     def plain(debugger: PrecisionDebugger) -> None:
-        compiled = torch.compile(model(), backend=msprobe_backend, options={"inner": "aot_eager"})
+        compiled = compiled_model()
         for x in [batch(number).to(NAME) for number in range(3)]:
             with debugger.start(compiled):
                 compiled(x)
@@ -211,7 +204,7 @@ def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) ->
 
 def test_two_replays_in_a_step_are_said(tmp_path: Path) -> None:
     def replayed(debugger: PrecisionDebugger) -> None:
-        graph, _ = captured(debugger)
+        _, graph, _ = captured(debugger)
         with debugger.start():
             graph.replay()
             graph.replay()
@@ -223,7 +216,7 @@ def test_two_replays_in_a_step_are_said(tmp_path: Path) -> None:
 
 def test_replays_of_a_dummy_run_are_none(tmp_path: Path) -> None:
     def replayed(debugger: PrecisionDebugger) -> None:
-        graph, x = captured(debugger)
+        _, graph, x = captured(debugger)
         for number in range(2):
             debugger.start()
             x.fill_(99.0)
@@ -245,13 +238,7 @@ def test_replays_of_a_dummy_run_are_none(tmp_path: Path) -> None:
 
 def test_a_dummy_run_that_is_called_does_not_stand_for_one_that_is_replayed(tmp_path: Path) -> None:
     def replayed(debugger: PrecisionDebugger) -> None:
-        compiled = torch.compile(model(), backend=msprobe_backend, options={"inner": "aot_eager"})
-        x = torch.zeros(4, 8, device=NAME)
-        with debugger.start(compiled):
-            compiled(x)
-        graph = DEVICE.Graph()
-        with DEVICE.graph(graph):
-            compiled(x)
+        compiled, graph, x = captured(debugger)
         for _ in range(2):
             debugger.start()
             compiled(x)

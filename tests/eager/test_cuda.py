@@ -16,6 +16,8 @@ from msprobe_graph import PrecisionDebugger
 from msprobe_graph.dump.reader import StepDump, read, steps
 from msprobe_graph.taps import Rows
 
+from ..models import Block
+
 pytestmark = pytest.mark.gpu
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -60,15 +62,6 @@ def test_rows_of_integers_are_exact() -> None:
     assert (rows.fetch()[0].max, rows.fetch()[0].min) == (2**62 + 1, -(2**61) - 1)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
-
-
 def captured(model: nn.Module, x: torch.Tensor, folder: Path, **config: Any) -> tuple[torch.Tensor, StepDump]:
     debugger = PrecisionDebugger({"dump_path": str(folder), "risk_level": "ALL", **config})
     with debugger.start(model):
@@ -84,7 +77,7 @@ def captured(model: nn.Module, x: torch.Tensor, folder: Path, **config: Any) -> 
 @pytest.mark.parametrize("task", ["statistics", "tensor"])
 def test_the_dump_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, level: str, task: str) -> None:
     torch.manual_seed(0)
-    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 16, 64)
+    model, x = nn.Sequential(Block(64), Block(64)), torch.randn(4, 16, 64)
     with torch.no_grad():
         _, there = captured(model, x, tmp_path / "cpu", level=level, task=task)
         model, x = model.cuda(), x.cuda()
@@ -106,7 +99,7 @@ def test_the_dump_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, level: str, task: 
 
 def test_gradients(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Block().cuda(), torch.randn(4, 64, device="cuda", requires_grad=True)
+    model, x = Block(64).cuda(), torch.randn(4, 64, device="cuda", requires_grad=True)
     debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "L0"})
     with debugger.start(model):
         model(x).sum().backward()

@@ -29,9 +29,8 @@ NPU = "torch_npu/npu/__init__.py"
 
 
 @pytest.fixture(scope="module")
-def wheel(request: pytest.FixtureRequest) -> Wheel:
-    assert request.config.cache is not None
-    return Wheel("torch-npu==2.10.0", "manylinux_2_28_aarch64", request.config.cache.mkdir("wheels"))
+def wheel(wheel_folder: Path) -> Wheel:
+    return Wheel("torch-npu==2.10.0", "manylinux_2_28_aarch64", wheel_folder)
 
 
 @pytest.mark.slow

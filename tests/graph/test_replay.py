@@ -15,24 +15,16 @@ from msprobe_graph.dump.reader import StepDump, read, steps
 from msprobe_graph.dump.records import OVERRUN
 
 from ..capturing import holes, modules
+from ..models import Block
 
 pytestmark = pytest.mark.gpu
 
 FIELDS = ("dtype", "shape", "Max", "Min", "Mean", "Norm", "nan_count", "reason")
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
-
-
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block()).cuda().eval()
+    return nn.Sequential(Block(64), Block(64)).cuda().eval()
 
 
 def inputs(count: int) -> list[torch.Tensor]:

@@ -27,9 +27,8 @@ RUNNER = "sglang/srt/model_executor/model_runner.py"
 
 
 @pytest.fixture(scope="module")
-def wheel(request: pytest.FixtureRequest) -> Wheel:
-    assert request.config.cache is not None
-    return Wheel("sglang==0.5.23", "manylinux_2_34_x86_64", request.config.cache.mkdir("wheels"))
+def wheel(wheel_folder: Path) -> Wheel:
+    return Wheel("sglang==0.5.23", "manylinux_2_34_x86_64", wheel_folder)
 
 
 def test_the_calls_of_sglang(wheel: Wheel, as_msprobe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,9 @@ BATCHES = [[3, 1, 4, 1, 5], [9], [2, 6]]
 
 
 @pytest.fixture(scope="module")
-def wheels(request: pytest.FixtureRequest) -> Callable[[str], Wheel]:
-    """The wheel of a version, kept from one run to the next."""
-    assert request.config.cache is not None
-    folder = request.config.cache.mkdir("wheels")
-    return lambda version: Wheel(f"vllm-ascend=={version}", PLATFORMS[version], folder)
+def wheels(wheel_folder: Path) -> Callable[[str], Wheel]:
+    """The wheel of a version."""
+    return lambda version: Wheel(f"vllm-ascend=={version}", PLATFORMS[version], wheel_folder)
 
 
 @pytest.fixture
