@@ -148,7 +148,7 @@ def test_of_tensors_with_equal_counts_of_nan_the_finite_values_are_compared() ->
     assert distance(tensor(**counts), tensor(**counts)) == ("Max", 0.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 50), st.floats(1e-3, 1e3), st.floats(-3, 3))
 def test_the_distance_does_not_depend_on_the_scale(size: int, factor: float, change: float) -> None:
     values = torch.linspace(-1, 2, size, dtype=torch.float64)

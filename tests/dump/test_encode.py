@@ -171,7 +171,7 @@ _values = st.recursive(
 
 
 @given(_values)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_always_json(written: Written, value: Any) -> None:
     written({"input_args": [value]})
 

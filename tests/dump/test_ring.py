@@ -247,7 +247,7 @@ def test_values_that_left_the_ring_are_to_be_saved_anew(tmp_path: Path) -> None:
     assert not writer.save_again(2, "weight.pt", saved)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), st.integers(1, 4))
 def test_kept_bytes_are_those_of_the_kept_steps(program: list[tuple[bool, bool]], keep_last: int) -> None:
     """Each step saves a tensor of its own, and perhaps the shared one; perhaps the ring is let go."""

@@ -174,14 +174,14 @@ def tensors(draw: st.DrawFn, dtypes: list[torch.dtype]) -> torch.Tensor:
 
 
 @both_ways
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tensor=tensors(FLOATS))
 def test_floats(way: str, tensor: torch.Tensor) -> None:
     check(statistics_of(tensor, way), tensor)
 
 
 @both_ways
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensor=tensors([*INTEGERS, torch.bool]))
 @example(tensor=torch.tensor([2**63 - 1, -(2**63), 2**53 + 1]))
 @example(tensor=torch.tensor([2**64 - 1, 2**63, 2**53 + 1], dtype=torch.uint64))
@@ -190,14 +190,14 @@ def test_integers_have_exact_extremes(way: str, tensor: torch.Tensor) -> None:
 
 
 @both_ways
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tensor=tensors(COMPLEX))
 def test_complex_tensors_are_measured_by_their_absolute_values(way: str, tensor: torch.Tensor) -> None:
     check(statistics_of(tensor, way), tensor)
 
 
 @needs_native
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensor=tensors([*FLOATS, *INTEGERS, torch.bool]))
 def test_both_ways_give_the_same(tensor: torch.Tensor) -> None:
     native_way, portable_way = (statistics_of(tensor, way) for way in ("native", "portable"))
@@ -212,7 +212,7 @@ def test_both_ways_give_the_same(tensor: torch.Tensor) -> None:
 
 
 @both_ways
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(values=st.lists(st.sampled_from([1.0, -2.0, 0.5, math.nan, math.inf, -math.inf]), min_size=1, max_size=40))
 @example(values=[1.0, math.inf, -math.inf])
 @example(values=[math.nan, math.inf])
