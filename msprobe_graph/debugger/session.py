@@ -154,6 +154,7 @@ class Session:
 
     def next_step(self) -> None:
         """The running step is over."""
+        self._undraft()
         self.hush()
         if self._dirty and self._writer is not None and self.capture is not None and self._recorder is not None:
             self._captured_steps += 1
@@ -166,11 +167,17 @@ class Session:
     def drop_step(self) -> None:
         """What the running step has captured is forgotten, and captured anew under the same number."""
         self.pause()
+        self._undraft()
         if self._dirty and self._writer is not None and self._recorder is not None:
             self._writer.drop(self.step)
             self._recorder.forget()
         self.boundary.attempt(GRAPHS, self.replays.forget)
         self._begin_step()
+
+    def _undraft(self) -> None:
+        """What the running step has so far is not to be written now: it goes on, or ends."""
+        if self._writer is not None:
+            self._writer.undraft()
 
     def _begin_step(self) -> None:
         self._dirty = False
@@ -201,6 +208,7 @@ class Session:
         """Return when everything captured so far is on disk; a step that still runs is written as unfinished."""
         if self._writer is not None:
             if self._dirty:
+                self._undraft()
                 self._writer.submit(self._as_step(finished=False))
             self._writer.flush()
 
@@ -247,7 +255,9 @@ class Session:
         return self.settings.max_steps is not None and self._captured_steps >= self.settings.max_steps
 
     def _opened(self, models: Mapping[str, nn.Module]) -> tuple[Recorder, EagerCapture] | None:
-        """None when dump_path can't be written: then capture has ended, and the model goes on."""
+        """What the running step is captured with, which now goes on. None when dump_path can't be written: then capture
+        has ended, and the model goes on."""
+        self._undraft()
         if self._recorder is None or self.capture is None:
             try:
                 writer = self._writer = self._open_writer(models)

@@ -116,25 +116,28 @@ class Writer:
         return True
 
     def draft(self, step: Callable[[], Step]) -> None:
-        """Take a step that may go on. It is asked for and written, as unfinished, when nothing else has come for
-        DRAFT_SECONDS. A ring has no use for it."""
+        """Take a step that may go on. It is asked for, on the writer's thread, and written, as unfinished, when nothing
+        else has come for DRAFT_SECONDS. A ring has no use for it."""
         if self._ring is None:
             self._draft = step
             self._jobs.put(_Wake())
+
+    def undraft(self) -> None:
+        """Call this before the step goes on or ends: the draft is asked no more, nor is it being asked when this
+        returns."""
+        with self._room:
+            self._draft = None
 
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has
         no use for it."""
         with self._room:
-            self._draft = None
             self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS)
             self._queued_steps += 1
         self._jobs.put(step)
 
     def drop(self, step: int) -> None:
         """Forget what has come of a step that runs, as if it had not begun."""
-        with self._room:
-            self._draft = None
         self._jobs.put(_Drop(step))
 
     def fire(self, flushed: Flushed, running: bool) -> None:
@@ -170,7 +173,7 @@ class Writer:
             try:
                 return self._jobs.get(timeout=DRAFT_SECONDS)
             except queue.Empty:
-                with self._room:  # submit() waits, so that the step can't end meanwhile
+                with self._room:  # undraft() waits, so that the step can't go on meanwhile
                     draft, self._draft = self._draft, None
                     step = self._boundary.attempt(self._path, draft) if draft is not None else None
                     if step is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 import msprobe_graph
+from msprobe_graph.debugger.session import Session
+from msprobe_graph.dump import writer
+from msprobe_graph.dump.records import Step
 
 from .conftest import ENTRIES, Dumped, NewDebugger, forward, hooks
 
@@ -45,6 +49,32 @@ def test_nothing_is_captured_after_stop(new_debugger: NewDebugger, model: nn.Mod
         "Module.0.Linear.forward.0",
         "Module.0.Linear.forward.1",
     ]
+
+
+def test_a_step_that_goes_on_waits_for_what_is_written_of_it(
+    new_debugger: NewDebugger, model: nn.Module, dumped: Dumped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on disk after stop() is what came before it, however slowly that is put together."""
+    as_step, begun = Session._as_step, threading.Event()
+
+    def slow(session: Session, finished: bool) -> Step:
+        if not finished:
+            begun.set()
+            time.sleep(0.2)
+        return as_step(session, finished)
+
+    monkeypatch.setattr(Session, "_as_step", slow)
+    monkeypatch.setattr(writer, "DRAFT_SECONDS", 0.01)
+    debugger = new_debugger()
+    debugger.start(model)
+    model(torch.ones(1, 4))
+    debugger.stop()
+    assert begun.wait(20)
+    debugger.start()
+    model(torch.ones(1, 4))
+    debugger.session.wait(0)
+    (step,) = dumped().values()
+    assert (list(step.data), step.finished) == (ENTRIES, False)
 
 
 def test_steps_are_counted_while_capture_is_off(new_debugger: NewDebugger, model: nn.Module, dumped: Dumped) -> None:
