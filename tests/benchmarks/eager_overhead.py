@@ -13,6 +13,7 @@ stop and step, and the last one of a round waits until all is on disk. Printed a
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ def milliseconds(call: Callable[[], object], times: int, end: Callable[[], objec
 def measure(debugger: Any, flush: Callable[[], object], rounds: int, forwards: int) -> Timing:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(HIDDEN, HEADS) for _ in range(LAYERS))).eval()
+    untouched = copy.deepcopy(model)  # stop() leaves the hooks on the other
     x = torch.randn(1, SEQUENCE, HIDDEN)
 
     def captured() -> None:
@@ -60,11 +62,11 @@ def measure(debugger: Any, flush: Callable[[], object], rounds: int, forwards: i
         debugger.step()
 
     with torch.no_grad():
-        milliseconds(lambda: model(x), 5)
+        milliseconds(lambda: untouched(x), 5)
         milliseconds(captured, 2, flush)
         plain, watched = [], []
         for _ in range(rounds):
-            plain.append(milliseconds(lambda: model(x), forwards))
+            plain.append(milliseconds(lambda: untouched(x), forwards))
             watched.append(milliseconds(captured, forwards, flush))
     ratios = [captured / plain for plain, captured in zip(plain, watched, strict=True)]
     return Timing(statistics.median(plain), statistics.median(watched), statistics.median(ratios))
