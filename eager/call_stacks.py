@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from msprobe_graph.dump.records import Frame
+from msprobe_graph.dump.records import StackFrame
 
 OURS = (str(Path(sys.modules["msprobe_graph"].__file__ or "").parent), str(Path(__file__).parent))
 MODULE_CALL = torch.nn.modules.module.__file__
 LEFT_OUT = {MODULE_CALL, torch.overrides.__file__}
 """Frames of ours, of nn.Module.__call__ and of torch's hand-over to modes say nothing about the program."""
 
-Stack = tuple[Frame, ...]
+Stack = tuple[StackFrame, ...]
 
 
 class Anchor(NamedTuple):
@@ -60,7 +60,7 @@ class CallStacks:
             self._codes.add(frame.f_code)
             path = frame.f_code.co_filename
             if path not in LEFT_OUT and not path.startswith(OURS):
-                frames.append(Frame(path, frame.f_lineno, frame.f_code.co_name))
+                frames.append(StackFrame(path, frame.f_lineno, frame.f_code.co_name))
             frame = frame.f_back
         return tuple(frames)
 

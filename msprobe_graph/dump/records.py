@@ -52,7 +52,7 @@ class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
     reason: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Frame(msgspec.Struct, frozen=True, gc=False):
+class StackFrame(msgspec.Struct, frozen=True, gc=False):
     """One frame of a call stack."""
 
     path: str
@@ -74,7 +74,7 @@ class Entry(msgspec.Struct, gc=False):
     """Which call of that name within that module, from 0: joins programs whose global call numbers differ."""
     parent: str | None = None
     """The module entry that this entry ran inside."""
-    stack: tuple[Frame, ...] | None = None
+    stack: tuple[StackFrame, ...] | None = None
     nested: bool = True
     """Whether it has a place in construct.json (a module's parameters_grad has none)."""
 

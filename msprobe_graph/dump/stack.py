@@ -6,14 +6,14 @@ import linecache
 from collections.abc import Iterable
 
 from .encode import tree
-from .records import Entry, Frame
+from .records import Entry, StackFrame
 
 
 class Stacks:
     """Encodes the stacks of one step after the other; those that equal the last step's are not encoded again."""
 
     def __init__(self) -> None:
-        self._groups: list[tuple[list[str], tuple[Frame, ...]]] | None = None
+        self._groups: list[tuple[list[str], tuple[StackFrame, ...]]] | None = None
         """Of the last step: entry names, and the stack that they came from."""
         self._text = b""
 
@@ -22,7 +22,7 @@ class Stacks:
 
         A frame reads ``File /path/x.py, line 22, in forward, \\n y = self.linear(x)``.
         """
-        groups: dict[int, tuple[list[str], tuple[Frame, ...]]] = {}
+        groups: dict[int, tuple[list[str], tuple[StackFrame, ...]]] = {}
         for entry in entries:
             if entry.stack is not None:  # by identity: a capture shares one tuple between entries of one stack
                 groups.setdefault(id(entry.stack), ([], entry.stack))[0].append(entry.name)
@@ -34,6 +34,6 @@ class Stacks:
         return self._text
 
 
-def _line(frame: Frame) -> str:
+def _line(frame: StackFrame) -> str:
     source = linecache.getline(frame.path, frame.line).strip()
     return f"File {frame.path}, line {frame.line}, in {frame.function}, \n {source}"

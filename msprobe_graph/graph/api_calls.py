@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from msprobe_graph.dump.records import Frame
+from msprobe_graph.dump.records import StackFrame
 
 from ._compat import example_value
 from .arguments import Asked, asked
@@ -70,12 +70,12 @@ def in_body(node: fx.Node) -> Iterator[fx.Node]:
                 yield from in_body(each)
 
 
-def stack(node: fx.Node) -> tuple[Frame, ...]:
+def stack(node: fx.Node) -> tuple[StackFrame, ...]:
     """Where in the program the call of a node stands, innermost frame first."""
     return frames(node.meta.get("stack_trace"))
 
 
-def frames(trace: str | None) -> tuple[Frame, ...]:
+def frames(trace: str | None) -> tuple[StackFrame, ...]:
     """A node's stack trace, innermost frame first."""
     return tuple(reversed(list(_frames(trace or ""))))
 
@@ -83,6 +83,6 @@ def frames(trace: str | None) -> tuple[Frame, ...]:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
-def _frames(trace: str) -> Iterator[Frame]:
+def _frames(trace: str) -> Iterator[StackFrame]:
     for path, line, function in _FRAME.findall(trace):
-        yield Frame(path, int(line), function)
+        yield StackFrame(path, int(line), function)

@@ -20,7 +20,7 @@ NO_GIVES = "what the backward pass of a single function gives is not told apart 
 
 NOT_SAVED = "a CUDA graph was replayed, which measures values but does not save them yet"
 
-Part = tuple[str, str, Any]
+EntryPart = tuple[str, str, Any]
 """What dump.json calls a part of an entry, what the names of tensor files call it, and the nest with `Ref`s."""
 
 
@@ -168,22 +168,22 @@ class Entries:
             return None
         return self._context.paths.first(".".join(filter(None, (self._prefixes.get(place.root), place.path))))
 
-    def _forward_parts(self, call: Call) -> list[Part]:
+    def _forward_parts(self, call: Call) -> list[EntryPart]:
         selection = self._context.selection
         if not selection.forward:
             return []
-        parts: list[Part] = []
+        parts: list[EntryPart] = []
         if selection.inputs:
             parts += [("input_args", "input", call.args), ("input_kwargs", "kwargs", call.kwargs)]
         if selection.outputs:
             parts.append(("output", "output", call.output))
         return parts
 
-    def _backward_parts(self, call: Call) -> list[Part]:
+    def _backward_parts(self, call: Call) -> list[EntryPart]:
         selection = self._context.selection
         if not selection.backward or not any(call.given):
             return []
-        parts: list[Part] = [("input", "input", call.given)] if selection.inputs else []
+        parts: list[EntryPart] = [("input", "input", call.given)] if selection.inputs else []
         if selection.outputs:
             parts.append(("output", "output", call.gives if any(call.gives) else []))
         return parts
@@ -211,7 +211,7 @@ class Entries:
             found[ref].append(None)
         return found
 
-    def _entry(self, call: Call, named: Named, direction: Any, parts: list[Part]) -> Entry | None:
+    def _entry(self, call: Call, named: Named, direction: Any, parts: list[EntryPart]) -> Entry | None:
         """The entry, recorded; None where nothing of it was seen. What is missing becomes a hole."""
         if not parts:
             return None

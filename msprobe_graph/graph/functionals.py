@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import fx
 
-from msprobe_graph.dump.records import Frame
+from msprobe_graph.dump.records import StackFrame
 
+from .api_calls import stack
 from .arguments import Asked, asked
 
 ARGUMENTS_UNTOLD = "dynamo's graph holds what {} calls, not its arguments: they are not in its entries"
@@ -39,15 +40,10 @@ class Functional(NamedTuple):
         return bool(self.call().args)
 
 
-def functionals(
-    nodes: Sequence[fx.Node], stack: Callable[[fx.Node], tuple[Frame, ...]], name: Callable[[Any], str | None]
-) -> dict[fx.Node, Functional]:
-    """By node: the call that it belongs to, for functions that `name` knows and that are no nodes themselves.
-
-    stack: a node's frames, innermost first.
-    """
+def functionals(nodes: Sequence[fx.Node], name: Callable[[Any], str | None]) -> dict[fx.Node, Functional]:
+    """By node: the call that it belongs to, for functions that `name` knows and that are no nodes themselves."""
     found: dict[fx.Node, Functional] = {}
-    running: tuple[Functional, tuple[Frame, ...], int] | None = None
+    running: tuple[Functional, tuple[StackFrame, ...], int] | None = None
     for node in nodes:
         frames = stack(node)
         depth = next((at for at, frame in enumerate(frames) if frame.path != F.__file__), len(frames))

@@ -79,7 +79,7 @@ class _Naming:
         self._writes = Writes(self._inner)
         self._reshaped: dict[tuple[int, tuple[int | None, ...]], int] = {}
         """Ids of written arguments that are read in another shape, by the argument's and that shape."""
-        self._functionals = functionals(self._inner, stack, operators.name)
+        self._functionals = functionals(self._inner, operators.name)
         self._at = 0
         """The position before which values are asked for."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from msprobe_graph.dump.records import Frame
+from msprobe_graph.dump.records import StackFrame
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -134,7 +134,7 @@ class Call(msgspec.Struct):
     """For the backward entry: the gradient of each tensor among the outputs, None for one that has none."""
     gives: list[Ref | None] = []
     """The same for the tensors among the inputs. Of modules only."""
-    stack: tuple[Frame, ...] = ()
+    stack: tuple[StackFrame, ...] = ()
     """Innermost frame first; of functions only."""
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from msprobe_graph.dump.records import Entry, Frame
+from msprobe_graph.dump.records import Entry, StackFrame
 from msprobe_graph.dump.stack import Stacks
 
 
 def test_entries_are_grouped_by_stack_in_order(tmp_path: Path) -> None:
     source = tmp_path / "model.py"
     source.write_text("def forward(x):\n    return x + 1\n")
-    first = (Frame(str(source), 2, "forward"), Frame("<string>", 7, "<module>"))
-    second = (Frame(str(source), 1, "other"),)
+    first = (StackFrame(str(source), 2, "forward"), StackFrame("<string>", 7, "<module>"))
+    second = (StackFrame(str(source), 1, "other"),)
     entries = [
         Entry("a", {}, stack=first),
         Entry("b", {}, stack=second),
@@ -30,12 +30,12 @@ def test_entries_are_grouped_by_stack_in_order(tmp_path: Path) -> None:
 
 
 def test_a_step_with_other_stacks_or_names_is_encoded_anew() -> None:
-    one, two = (Frame("<a>", 1, "f"),), (Frame("<a>", 2, "f"),)
+    one, two = (StackFrame("<a>", 1, "f"),), (StackFrame("<a>", 2, "f"),)
     steps = [
         [Entry("a", {}, stack=one), Entry("b", {}, stack=one)],
-        [Entry("a", {}, stack=(Frame("<a>", 1, "f"),)), Entry("b", {}, stack=two)],
+        [Entry("a", {}, stack=(StackFrame("<a>", 1, "f"),)), Entry("b", {}, stack=two)],
         [Entry("a", {}, stack=one), Entry("c", {}, stack=two)],
-        [Entry("a", {}, stack=one), Entry("c", {}, stack=(Frame("<a>", 2, "f"),))],
+        [Entry("a", {}, stack=one), Entry("c", {}, stack=(StackFrame("<a>", 2, "f"),))],
         [],
     ]
     stacks = Stacks()

@@ -14,7 +14,7 @@ from msprobe_graph.config import load_settings
 from msprobe_graph.dump import step_files
 from msprobe_graph.dump.folder import write_folder, write_whole
 from msprobe_graph.dump.reader import DumpError, read, steps
-from msprobe_graph.dump.records import Entry, Frame, Hole, Request, Step
+from msprobe_graph.dump.records import Entry, Hole, Request, StackFrame, Step
 from msprobe_graph.taps.recorder import Recorder
 
 from .conftest import NewWriter, Strict
@@ -22,7 +22,7 @@ from .conftest import NewWriter, Strict
 
 def test_files_of_a_step(new_writer: NewWriter, strict: Strict) -> None:
     writer = new_writer()
-    stack = (Frame("<string>", 1, "main"),)
+    stack = (StackFrame("<string>", 1, "main"),)
     entries = [
         Entry("Functional.linear.0.forward", {}, parent="Module.Model.forward.0", stack=stack),
         Entry("Module.Model.forward.0", {}, stack=stack),
@@ -125,7 +125,7 @@ def ten_thousand_entries(recorder: Recorder) -> None:
     """900 forwards of 12 entries, each with two tensors, a weight among them."""
     weights = [torch.randn(8, 8) for _ in range(12)]
     x = torch.randn(4, 8)
-    stack = (Frame(__file__, 1, "forward"),)
+    stack = (StackFrame(__file__, 1, "forward"),)
     for forward in range(900):
         for layer, weight in enumerate(weights):
             name = f"Functional.linear.{12 * forward + layer}.forward"
