@@ -25,6 +25,8 @@ _METHODS = {
     if name.startswith("__") and name.endswith("__") and hasattr(torch.Tensor, name)
 }
 """Of the functions of `operator`, by name: the method that each calls."""
+_VIEWS = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT", torch.ops.aten.matrix_H: "H"}
+"""What dynamo makes of an attribute that is a view, from torch 2.15 on; before, its graph asked for the attribute."""
 
 
 def api_call(node: fx.Node) -> Asked:
@@ -34,8 +36,9 @@ def api_call(node: fx.Node) -> Asked:
         return asked(getattr(torch.Tensor, target, None), node.args, node.kwargs)
     if node.op != "call_function":
         return Asked(None, (), {})
-    if target is getattr:
-        return Asked(getattr(getattr(torch.Tensor, str(node.args[1]), None), "__get__", None), node.args[:1], {})
+    attribute = str(node.args[1]) if target is getattr else _VIEWS.get(target)
+    if attribute is not None:
+        return Asked(getattr(getattr(torch.Tensor, attribute, None), "__get__", None), node.args[:1], {})
     if getattr(target, "__module__", None) != "_operator":
         return asked(target, node.args, node.kwargs)
     method = _METHODS.get(target.__name__.strip("_"))

@@ -121,7 +121,8 @@ def test_compiled_saves_what_eager_does(tmp_path: Path, backend: str, mode: str)
         if mode == "checkpoint":
             # Recomputed in the backward, which in eager code stops at the last value that is needed.
             assert len(expected) == (calls if name == "out" else 2 * calls)
-            assert len(found) == (2 * calls if backend == "eager" else calls)
+            # The backend "eager" recomputes too, in some releases of torch.
+            assert len(found) in ((calls, 2 * calls) if backend == "eager" else (calls,))
             expected, found = firsts(expected, calls), firsts(found, calls)
         assert len(found) == len(expected) == calls
         for ours, theirs in zip(found, expected, strict=True):
