@@ -186,4 +186,4 @@ def _run(imported: ast.Import | ast.ImportFrom, path: str, namespace: dict[str, 
 
 def _exec(statement: ast.stmt, path: str, namespace: dict[str, Any]) -> None:
     module = ast.fix_missing_locations(ast.Module([statement], []))
-    exec(compile(module, path, "exec"), namespace)
+    exec(compile(module, path, "exec", dont_inherit=True), namespace)

@@ -52,6 +52,7 @@ def register(library: Path, name: str) -> None:
         Graph=Graph,
         NPUGraph=Graph,  # as torch.npu has it
         graph=graph,
+        empty_cache=lambda: None,
         _subscribe_report=lambda stream: None,
         _launch_host_func=launch_host_function,
     )
@@ -97,8 +98,8 @@ class Graph:
 
 
 @contextmanager
-def graph(captured: Graph) -> Iterator[None]:
-    """What runs inside is only recorded."""
+def graph(captured: Graph, pool: object = None) -> Iterator[None]:
+    """What runs inside is only recorded. Each graph has a memory of its own, whatever `pool` it should share."""
     torch.ops.host_device.begin()
     try:
         yield
