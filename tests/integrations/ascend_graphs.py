@@ -2,22 +2,25 @@
 
 Real, out of the wheel: AscendCompiler and the fusion manager that it calls, ACLGraphWrapper, the worker's init_device,
 compile_or_warm_up_model, execute_model and sample_tokens, and of the model runner what ascend_runner has.
-Real, of the vLLM that is installed, which is not the one of 0.23: its backend, which splits the graph and calls the
+Real, out of torch_npu's wheel: npugraph_ex, as vllm-ascend sets it up. Real, of the vLLM that is installed, which is not the one of 0.23: its backend, which splits the graph and calls the
 compiler, its decorator of compiled modules, its forward context. The plugin is asked as vLLM asks it.
 
-Stands in: the platform, whose kernels are the CPU's; torch_npu; the fusion passes, which are switched off; the choice of
-a graph for a batch; vLLM's loop over the sizes to capture; and npugraph_ex, which is not there.
+Stands in: the platform, whose kernels are the CPU's; torch_npu; the fusion passes, which are switched off; the choice
+of a graph for a batch; and vLLM's loop over the sizes to capture.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import nn
@@ -36,6 +39,8 @@ FUSION = "vllm_ascend/compilation/graph_fusion_pass_manager.py"
 WORKER = "vllm_ascend/worker/worker.py"
 WORKER_METHODS = ("init_device", "get_model", "compile_or_warm_up_model", "execute_model", "sample_tokens")
 PASS_KEY = "graph_fusion_manager"
+ASCEND = Given(enable_npugraph_ex=False)
+"""Its ascend_compilation_config."""
 SIZES = (4, 8)
 """The batches that graphs are captured for."""
 
@@ -59,7 +64,7 @@ class Layer(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         up = self.up(self.norm(hidden))
-        mixed = torch.empty_like(up)
+        mixed = torch.zeros_like(up)
         torch.ops.ascend_tests.attention(up, mixed)
         return hidden + self.down(nn.functional.gelu(mixed))
 
@@ -131,20 +136,24 @@ def new_config(mode: CUDAGraphMode, additional_config: dict[str, Any]) -> VllmCo
     return found
 
 
-def install(wheel: Wheel) -> None:
-    """vllm-ascend's modules that vLLM is told of by name, and a platform that names them. For a process of its own."""
-    ascend = Given(ascend_compilation_config=Given(enable_npugraph_ex=False))
+def install(wheel: Wheel, sources: Path) -> None:
+    """vllm-ascend's modules that vLLM is told of by name, a platform that names them, and npugraph_ex, which lies in
+    `sources`. For a process of its own."""
+    ascend = Given(ascend_compilation_config=ASCEND)
     platform = Given(get_global_graph_pool=lambda: None)
-    _install("torch_npu", {"__version__": "2.10.0"})
+    sys.path.insert(0, str(sources))
+    sys.modules["torch_npu"] = MagicMock(__spec__=ModuleSpec("torch_npu", None), __version__="2.10.0")
+    npu: Any = torch.get_device_module("npu")
+    npu.set_compile_mode = lambda jit_compile: None
+    npugraph_ex: Any = importlib.import_module("npugraph_ex.npu_fx_compiler")
+    npugraph_ex._apply_pattern_passes = lambda module, inputs, config: None  # patterns of torch_npu's operators
     _install("vllm_ascend.utils", {"is_310p": lambda: False})
-    compiler = {"compile_fx", "fusion_pass_compile", "AscendCompiler"}
+    compiler = {"compile_fx", "fusion_pass_compile", "npugraph_ex_compile", "_configure_backend", "AscendCompiler"}
     _install(
         "vllm_ascend.compilation.compiler_interface",
         wheel.module(COMPILER, compiler, get_ascend_config=lambda: ascend, COMPILATION_PASS_KEY=PASS_KEY),
     )
-    _install(
-        "vllm_ascend.compilation.graph_fusion_pass_manager", wheel.module(FUSION, {"GraphFusionPassManager"})
-    )
+    _install("vllm_ascend.compilation.graph_fusion_pass_manager", wheel.module(FUSION, {"GraphFusionPassManager"}))
     _install(
         "vllm_ascend.compilation.acl_graph",
         wheel.module(
@@ -170,6 +179,11 @@ def install(wheel: Wheel) -> None:
     }
     for method, name in names.items():
         setattr(kind, method, classmethod(lambda cls, name=name: f"vllm_ascend.compilation.{name}"))
+
+
+def compile_with(npugraph_ex: bool) -> None:
+    """What vllm-ascend compiles with from now on: npugraph_ex, or passes alone."""
+    ASCEND.enable_npugraph_ex = npugraph_ex
 
 
 def _install(name: str, contents: dict[str, Any]) -> None:

@@ -57,8 +57,11 @@ def attach(worker: Any) -> None:
 
 
 def _serve_vllm_ascend(worker: Any) -> None:
-    """vllm-ascend captures by itself, if additional_config says so: it needs a debugger to import and, with graphs, taps
-    in what is compiled."""
+    """vllm-ascend captures by itself, if additional_config says so: it needs a debugger to import and, with graphs,
+    taps in what is compiled."""
+    from vllm.config import CUDAGraphMode
+
+    from msprobe_graph.dump.boundary import Boundary
     from msprobe_graph.dump.folder import RUN_VARIABLE
     from msprobe_graph.integrations.msprobe import install_as_msprobe
 
@@ -74,13 +77,16 @@ def _serve_vllm_ascend(worker: Any) -> None:
     os.environ.setdefault(RUN_VARIABLE, run_name(vllm_config))  # vllm-ascend's calls can't tell it
     if install_as_msprobe(replace=os.environ.get(REPLACE_VARIABLE) == "1"):
         log.info("vllm-ascend captures the steps of this worker by msprobe_graph")
-        if asked:
-            from .ascend import AscendGraphs, replays_graphs
-
-            if replays_graphs(vllm_config):
-                AscendGraphs(worker)
+        if asked and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            Boundary().attempt("what vllm-ascend compiles and replays", _follow_graphs, worker)
     else:
         log.info("vllm-ascend captures the steps of this worker by msProbe; %s=1 changes that", REPLACE_VARIABLE)
+
+
+def _follow_graphs(worker: Any) -> None:
+    from .ascend import AscendGraphs
+
+    AscendGraphs(worker)
 
 
 def run_name(vllm_config: Any) -> str:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationMode
 
 from msprobe_graph.debugger.acl_graph_dumper import AclGraphDumper
 from msprobe_graph.dump.boundary import Boundary
@@ -26,18 +26,13 @@ from .graph import GraphCapture
 from .sharding import sharding
 
 CHANGED = (
-    "this vllm-ascend has %s where 0.23 has %s, so nothing is captured inside of what it compiles or replays; start vLLM "
-    "with --enforce-eager to have that, too"
+    "this vllm-ascend has %s where 0.23 has %s, so nothing is captured inside of what it compiles or replays; start "
+    "vLLM with --enforce-eager to have that, too"
 )
 UNCOMPILED = (
     "vllm-ascend replays ACL graphs of a model that vLLM does not compile, and no tap is in them: start vLLM with "
     "--enforce-eager to have it"
 )
-
-
-def replays_graphs(vllm_config: Any) -> bool:
-    """Whether vllm-ascend makes an AclGraphDumper."""
-    return bool(vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
 
 
 class AscendGraphs:
