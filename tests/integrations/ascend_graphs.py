@@ -1,9 +1,10 @@
 """A worker of vllm-ascend 0.23 that compiles a small model and replays ACL graphs, on the tests' own device as "npu".
 
 Real, out of the wheel: AscendCompiler and the fusion manager that it calls, ACLGraphWrapper, the worker's init_device,
-compile_or_warm_up_model, execute_model and sample_tokens, and of the model runner what ascend_runner has.
-Real, out of torch_npu's wheel: npugraph_ex, as vllm-ascend sets it up. Real, of the vLLM that is installed, which is not the one of 0.23: its backend, which splits the graph and calls the
-compiler, its decorator of compiled modules, its forward context. The plugin is asked as vLLM asks it.
+compile_or_warm_up_model, execute_model and sample_tokens, and of the model runner what ascend_runner has. Out of
+torch_npu's: npugraph_ex, as AscendCompiler sets it up. Of the vLLM that is installed, which is not the one of 0.23: its
+backend, which splits the graph and calls the compiler, its decorator of compiled modules, its forward context. The
+plugin is asked as vLLM asks it.
 
 Stands in: the platform, whose kernels are the CPU's; torch_npu; the fusion passes, which are switched off; the choice
 of a graph for a batch; and vLLM's loop over the sizes to capture.
