@@ -112,6 +112,13 @@ class Model(nn.Module):
         return logits
 
 
+def graph_for(mode: CUDAGraphMode, rows: int) -> CUDAGraphMode:
+    """Which kind of graph runs a batch. vLLM tells decode steps from others; here they are told by their size."""
+    if rows > max(SIZES):
+        return CUDAGraphMode.NONE
+    return mode.decode_mode() if rows <= min(SIZES) else mode.mixed_mode()
+
+
 def new_model(vllm_config: VllmConfig, device: str) -> Model:
     torch.manual_seed(0)
     with set_current_vllm_config(vllm_config):
@@ -130,7 +137,7 @@ def new_config(mode: CUDAGraphMode, additional_config: dict[str, Any]) -> VllmCo
     compilation.cudagraph_capture_sizes = list(SIZES)
     compilation.max_cudagraph_capture_size = max(SIZES)
     compilation.compile_sizes = []
-    compilation.splitting_ops = ["ascend_tests::attention"] if mode == CUDAGraphMode.PIECEWISE else []
+    compilation.splitting_ops = ["ascend_tests::attention"] if mode.has_piecewise_cudagraphs() else []
     if mode != CUDAGraphMode.NONE:
         compilation.mode = CompilationMode.VLLM_COMPILE
         compilation.backend = current_platform.get_compile_backend()
@@ -219,14 +226,14 @@ def new_worker(wheel: Wheel, vllm_config: VllmConfig, dump_config: Path | None) 
         def capture_model(self) -> int:
             for size in sorted(SIZES, reverse=True):
                 self._dummy_run(size, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-                self._dummy_run(size, cudagraph_runtime_mode=mode, is_graph_capturing=True)
+                self._dummy_run(size, cudagraph_runtime_mode=graph_for(mode, size), is_graph_capturing=True)
             return 0
 
         def _determine_batch_execution_and_padding(self, num_tokens: int, **given: Any) -> tuple[Any, ...]:
             padded = next((size for size in SIZES if size >= num_tokens), None)
             if padded is None or given.get("force_eager"):
                 return CUDAGraphMode.NONE, BatchDescriptor(num_tokens), False, None, None
-            return mode, BatchDescriptor(padded), False, None, None
+            return graph_for(mode, padded), BatchDescriptor(padded), False, None, None
 
         def _prepare_inputs(self, scheduled: Any, _: Any) -> tuple[torch.Tensor, None, int]:
             tokens = [token for request in scheduled.batch.values() for token in request]

@@ -20,7 +20,7 @@ from msprobe_graph.integrations.vllm.compiled import heed_hooks
 
 from ..capturing import holes
 from ..released import Given, Wheel
-from .ascend_graphs import compile_with, install, new_config, new_model, new_worker, step
+from .ascend_graphs import compile_with, graph_for, install, new_config, new_model, new_worker, step
 
 BATCHES = [
     {"first": [3, 1, 4, 1, 5]},
@@ -28,14 +28,14 @@ BATCHES = [
     {"second": [5, 3, 5, 8, 9, 7, 9, 3, 2, 3]},
     {"first": [1, 2, 3, 4]},
 ]
-TOO_LARGE = 2
-"""The others are padded to 8 and to 4, and as large as a graph."""
+"""Padded to 8, padded to 4, too large for a graph, and as large as one."""
 HOOKED = ["Module.model.Body.forward.0", "Module.Model.forward.0"]
 """What a replay of the whole model does not run the hooks of."""
 WAYS = [
     pytest.param(CUDAGraphMode.FULL, True, id="full, npugraph_ex"),
     pytest.param(CUDAGraphMode.FULL, False, id="full, passes"),
     pytest.param(CUDAGraphMode.PIECEWISE, False, id="piecewise, passes"),
+    pytest.param(CUDAGraphMode.FULL_AND_PIECEWISE, False, id="full and piecewise, passes"),
 ]
 """As vllm-ascend has them: pieces are compiled without npugraph_ex."""
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}
@@ -131,11 +131,11 @@ def test_replayed_steps_are_steps_without_graphs(
     assert served(started(wheel, mode, config(tmp_path / "here", level=level))) == tokens
     here = dumped(tmp_path / "here")
     assert len(here) == len(there) == len(BATCHES)
-    for number, (found, plain) in enumerate(zip(here, there, strict=True)):
-        replayed_whole = mode == CUDAGraphMode.FULL and number != TOO_LARGE
+    for batch, found, plain in zip(BATCHES, here, there, strict=True):
+        replayed_whole = graph_for(mode, sum(map(len, batch.values()))) == CUDAGraphMode.FULL
         assert_alike(found, plain, HOOKED if replayed_whole else ())
         assert found.manifest is not None
-        assert [each["request"] for each in found.manifest["requests"]] == list(BATCHES[number])
+        assert [each["request"] for each in found.manifest["requests"]] == list(batch)
         reasons = holes(found).values()
         assert any("AscendCompiler offers no place" in reason for reason in reasons)
         assert not any("more than once" in reason for reason in reasons), "a dummy run is none"
