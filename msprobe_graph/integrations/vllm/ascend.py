@@ -102,13 +102,13 @@ class AscendGraphs:
         if not hasattr(runner, "_model_forward"):
             log.warning(CHANGED, f"a {type(runner).__name__} without _model_forward", "one")
             return
+        self._dumper = dumper
+        dumper.awaits_batches = True
         if self._worker.vllm_config.compilation_config.mode == CompilationMode.VLLM_COMPILE:
             self._graphs = GraphCapture(self._worker.vllm_config, dumper.session)
         else:
             log.warning(UNCOMPILED)
             dumper.session.out_of_reach.append(Hole("what vllm-ascend replays", UNCOMPILED))
-        dumper.awaits_batches = True
-        self._dumper = dumper
 
     def _warm(self, dumper: AclGraphDumper) -> None:
         """Warm-up is over: what runs from now on may be a step."""
