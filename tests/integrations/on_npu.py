@@ -121,14 +121,13 @@ def assert_alike(here: StepDump, there: StepDump, missing: Collection[str] = ())
             assert each.record[field] == pytest.approx(wanted[site][field], **TOLERANCE), (site, field)
 
 
-@pytest.mark.parametrize("level", ["L0", "mix"])
 @pytest.mark.parametrize(("mode", "npugraph_ex"), WAYS)
 def test_replayed_steps_are_steps_without_graphs(
-    wheel: Wheel, mode: CUDAGraphMode, npugraph_ex: bool, level: str, tmp_path: Path
+    wheel: Wheel, mode: CUDAGraphMode, npugraph_ex: bool, tmp_path: Path
 ) -> None:
     compile_with(npugraph_ex)
-    there, tokens = expected(tmp_path / "there", level=level)
-    assert served(started(wheel, mode, config(tmp_path / "here", level=level))) == tokens
+    there, tokens = expected(tmp_path / "there", level="mix")
+    assert served(started(wheel, mode, config(tmp_path / "here", level="mix"))) == tokens
     here = dumped(tmp_path / "here")
     assert len(here) == len(there) == len(BATCHES)
     for batch, found, plain in zip(BATCHES, here, there, strict=True):
@@ -141,7 +140,7 @@ def test_replayed_steps_are_steps_without_graphs(
         assert not any("more than once" in reason for reason in reasons), "a dummy run is none"
 
 
-@pytest.mark.parametrize(("mode", "npugraph_ex"), WAYS)
+@pytest.mark.parametrize(("mode", "npugraph_ex"), [WAYS[0], WAYS[-1]])
 def test_the_next_start_has_the_same(
     wheel: Wheel, mode: CUDAGraphMode, npugraph_ex: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
