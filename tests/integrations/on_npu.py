@@ -164,6 +164,21 @@ def test_one_request_in_its_steps_alone(wheel: Wheel, tmp_path: Path) -> None:
     assert shapes == {"step1": [2, 8], "step2": [10, 8]}
 
 
+def test_tensors_in_graphs_are_a_hole(wheel: Wheel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compile_with(npugraph_ex=True)
+    there, tokens = expected(tmp_path / "there")
+    with caplog.at_level("WARNING"):
+        assert served(started(wheel, CUDAGraphMode.FULL, config(tmp_path / "here", task="tensor"))) == tokens
+    assert "in which no tensor is saved" in caplog.text
+    for found, plain in zip(dumped(tmp_path / "here"), there, strict=True):
+        assert "in which no tensor is saved" in holes(found)["what vLLM replays as a CUDA graph"]
+        tensors = {(each.entry, each.position): each for each in found.tensors()}
+        (head,) = (each for site, each in tensors.items() if site == ("Module.head.Linear.forward.0", "output.0"))
+        assert found.load(head).shape[0] == head.record["shape"][0], "which runs outside of graphs"
+        norm = next(each for each in plain.tensors() if each.entry == "Module.model.norm.LayerNorm.forward.0")
+        assert tensors[norm.entry, norm.position].record["Norm"] == pytest.approx(norm.record["Norm"], **TOLERANCE)
+
+
 def test_a_step_is_on_disk_when_its_tokens_go_out_if_it_is_wanted(wheel: Wheel, tmp_path: Path) -> None:
     compile_with(npugraph_ex=False)
     there, _ = expected(tmp_path / "there")
