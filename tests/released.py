@@ -186,4 +186,5 @@ def _run(imported: ast.Import | ast.ImportFrom, path: str, namespace: dict[str, 
 
 def _exec(statement: ast.stmt, path: str, namespace: dict[str, Any]) -> None:
     module = ast.fix_missing_locations(ast.Module([statement], []))
-    exec(compile(module, path, "exec"), namespace)
+    flags = annotations.compiler_flag if namespace.get("annotations") is annotations else 0  # as its module says
+    exec(compile(module, path, "exec", flags, dont_inherit=True), namespace)

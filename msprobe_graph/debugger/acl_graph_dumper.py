@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from msprobe_graph.dump.records import Request
+
 from .precision_debugger import PrecisionDebugger
+from .session import Session
 
 
 class AclGraphDumper:
@@ -29,11 +33,25 @@ class AclGraphDumper:
     def __init__(self, config_path: str | os.PathLike[str] | None = None) -> None:
         self._debugger = PrecisionDebugger(config_path)
         self._started = False
+        self.awaits_batches = False
+        """A step begins when `begin` says so, not where the one before has ended: what lies between is not captured.
+        To be set before start(), by who knows when batches come."""
+
+    @property
+    def session(self) -> Session:
+        return self._debugger.session
 
     def start(self, model: Any) -> None:
         """Capture `model`: an nn.Module, or what wraps one and gives it by unwrap(), as vLLM's graph wrappers do."""
-        self._debugger.start(unwrapped(model))
         self._started = True
+        if not self.awaits_batches:
+            self._debugger.start(unwrapped(model))
+
+    def begin(self, model: nn.Module, requests: Sequence[Request], padded_rows: int | None) -> None:
+        """A batch is about to run: capture from here to step(), if the config wants this step. See
+        `PrecisionDebugger.start` for its requests and rows."""
+        if self._started:
+            self._debugger.start(model, scheduled_tokens=requests, padded_rows=padded_rows)
 
     def step(self, dump: bool = True) -> None:
         """The step is over and, unless `dump` is False, on disk under its number. The next one begins."""
@@ -41,7 +59,8 @@ class AclGraphDumper:
             self._debugger.stop()
             self._debugger.step(dump)
             self._debugger.flush()
-            self._debugger.start()  # unless the config leaves this step out
+            if not self.awaits_batches:
+                self._debugger.start()  # unless the config leaves this step out
 
 
 def unwrapped(model: Any) -> Any:

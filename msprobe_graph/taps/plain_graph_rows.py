@@ -32,8 +32,9 @@ class PlainGraphRows:
         """By slot: its moments are float32."""
         self._state = (0, 0, -1)
         """As `switch` was told."""
-        self._words = torch.zeros((SLOTS, WORDS), dtype=torch.int64, device=self.device)
-        self._control = torch.tensor(self._state, dtype=torch.int64).to(self.device)
+        with torch.inference_mode(False):  # or it could be written in that mode only
+            self._words = torch.zeros((SLOTS, WORDS), dtype=torch.int64, device=self.device)
+            self._control = torch.tensor(self._state, dtype=torch.int64).to(self.device)
 
     def takes(self, value: object) -> bool:
         return (
@@ -77,7 +78,8 @@ class PlainGraphRows:
             return None
         rows = self._state[1:]
         self.switch(False)
-        host, wait = self._device.to_host(self._words[:count])
+        with torch.inference_mode(False):
+            host, wait = self._device.to_host(self._words[:count])
         self._words[:count, FIRED].zero_()
         return Arrival(host, _Widened(host, wait, self._single), self._shapes, (rows[0], rows[1]))
 

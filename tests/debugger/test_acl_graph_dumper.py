@@ -13,6 +13,7 @@ from torch import nn
 
 from msprobe_graph import AclGraphDumper
 from msprobe_graph.config import ConfigError
+from msprobe_graph.dump.records import Request
 
 from .conftest import ENTRIES, Dumped, NewDebugger
 
@@ -116,6 +117,30 @@ def test_a_dummy_run_in_a_ring(new_debugger: NewDebugger, model: nn.Module, dump
     assert {number: next(step.tensors()).record["shape"] for number, step in dumped().items()} == {0: [3, 4], 1: [2, 4]}
     for step in dumped().values():
         assert all(tensor.record.get("data_name") is None or step.load(tensor).numel() for tensor in step.tensors())
+
+
+def test_a_step_that_begins_with_its_batch(
+    config: Any, model: nn.Module, dumped: Dumped, dumpers: list[AclGraphDumper]
+) -> None:
+    """Nothing around it is captured, and its padding isn't."""
+    dumper = AclGraphDumper(config())
+    dumpers.append(dumper)
+    dumper.awaits_batches = True
+    dumper.start(Wrapper(model))
+    for number in range(2):
+        model(torch.full((7, 4), 99.0))  # warm-up
+        dumper.step(dump=False)
+        model(torch.full((7, 4), 99.0))
+        dumper.begin(model, [Request("a", 0, 2)], 3)
+        model(torch.tensor([[float(number)] * 4] * 2 + [[99.0] * 4]))
+        dumper.step()
+    assert list(dumped()) == [0, 1]
+    for number, step in dumped().items():
+        assert list(step.data) == ENTRIES
+        first = next(step.tensors()).record
+        assert (first["Max"], first["shape"]) == (number, [2, 4])
+        assert step.manifest is not None
+        assert [request["request"] for request in step.manifest["requests"]] == ["a"]
 
 
 def test_a_wrong_config_is_one_sentence(tmp_path: Path) -> None:

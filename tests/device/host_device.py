@@ -52,6 +52,8 @@ def register(library: Path, name: str) -> None:
         Graph=Graph,
         NPUGraph=Graph,  # as torch.npu has it
         graph=graph,
+        graph_pool_handle=lambda: (0, 0),
+        empty_cache=lambda: None,
         _subscribe_report=lambda stream: None,
         _launch_host_func=launch_host_function,
     )
@@ -75,7 +77,8 @@ def is_initialized() -> bool:
 
 
 def is_current_stream_capturing() -> bool:
-    capturing: bool = torch.ops.host_device.capturing()
+    with torch._C.DisableTorchFunction():  # torch's own are no operators
+        capturing: bool = torch.ops.host_device.capturing()
     return capturing
 
 
@@ -97,8 +100,8 @@ class Graph:
 
 
 @contextmanager
-def graph(captured: Graph) -> Iterator[None]:
-    """What runs inside is only recorded."""
+def graph(captured: Graph, pool: object = None) -> Iterator[None]:
+    """What runs inside is only recorded. Each graph has a memory of its own, whatever `pool` it should share."""
     torch.ops.host_device.begin()
     try:
         yield

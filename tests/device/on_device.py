@@ -137,6 +137,24 @@ def test_rows_are_of_the_last_replay_and_count() -> None:
                 assert len(counts) == 4
 
 
+def test_rows_of_a_program_in_inference_mode_are_read_outside_of_it() -> None:
+    with torch.inference_mode():
+        rows, x, graph = rows_here(), torch.zeros(4, 8, device=NAME), DEVICE.Graph()
+        with DEVICE.graph(graph):
+            (slot,) = rows.measure([((), x * 2)], None)
+    for number in range(2):
+        rows.switch(True)
+        with torch.inference_mode():
+            x.copy_(batch(number))
+            graph.replay()
+            arrival = rows.arrive() if number else None
+        arrival = arrival or rows.arrive()
+        assert arrival is not None
+        found = arrival.first([slot])
+        assert found is not None
+        assert torch.frombuffer(bytearray(found.row), dtype=torch.float64)[0] == (batch(number) * 2).max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
 def test_padded_rows_do_not_count(dtype: torch.dtype) -> None:
     rows, x = rows_here(), torch.zeros(6, 3, device=NAME, dtype=dtype)

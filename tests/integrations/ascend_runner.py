@@ -9,6 +9,7 @@ bookkeeping, and whatever of vllm-ascend and torch_npu is switched off (`release
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,13 @@ class Model(nn.Module):
 
 def new_runner(wheel: Wheel, config: Path | None, mode: CUDAGraphMode, model: nn.Module) -> Any:
     """A runner of the wheel's vllm-ascend that has loaded `model`. `config`: what --additional-config names."""
+    runner = runner_class(wheel, lambda: model)(config, mode)
+    runner.load_model()
+    return runner
+
+
+def runner_class(wheel: Wheel, get_model: Callable[[], nn.Module], **instead: Any) -> Any:
+    """The class of the wheel's runners; `instead` goes before what stands in for parts of its module."""
     forward_context = Given(cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
     standing_in = {
         "torch": Torch(),
@@ -72,16 +80,18 @@ def new_runner(wheel: Wheel, config: Path | None, mode: CUDAGraphMode, model: nn
         "current_platform": NOTHING,
         "get_pp_group": lambda: SimpleNamespace(world_size=1, is_last_rank=True, is_first_rank=True),
         "DeviceMemoryProfiler": NOTHING,
-        "get_model": lambda vllm_config: model,
+        "get_model": lambda vllm_config: get_model(),
         "ModelRunnerOutput": SimpleNamespace,  # whose fields differ from one vLLM to the next
     }
-    graphs = wheel.module(GRAPHS, {"ACLGraphWrapper"}, **standing_in, _acl_graph_wrappers=set())
-    standing_in["ACLGraphWrapper"] = graphs["ACLGraphWrapper"]
+    if "ACLGraphWrapper" not in instead:
+        graphs = wheel.module(GRAPHS, {"ACLGraphWrapper"}, **standing_in, _acl_graph_wrappers=set())
+        standing_in["ACLGraphWrapper"] = graphs["ACLGraphWrapper"]
+    standing_in |= instead
     names = {"ExecuteModelState", *(f"NPUModelRunner.{name}" for name in METHODS)}
     namespace = wheel.module(RUNNER, names, **standing_in)
 
     class Runner(namespace["NPUModelRunner"]):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, config: Path | None, mode: CUDAGraphMode) -> None:
             self.ascend_config = Given(dump_config_path=None if config is None else str(config))
             self.compilation_config = Given(cudagraph_mode=mode)
             self.model_config = Given(enforce_eager=mode == CUDAGraphMode.NONE)
@@ -98,7 +108,6 @@ def new_runner(wheel: Wheel, config: Path | None, mode: CUDAGraphMode, model: nn
                 if any(name in ast.unparse(statement) for name in ("dump_cfg", "self.debugger"))
             ]
             run(of_debugger, RUNNER, namespace | {"self": self})
-            self.load_model()
 
         def __getattr__(self, name: str) -> Any:
             return NOTHING
@@ -137,7 +146,7 @@ def new_runner(wheel: Wheel, config: Path | None, mode: CUDAGraphMode, model: nn
         def _bookkeeping_sync(self, scheduled: Any, sampled: Any, *_: Any) -> tuple[Any, ...]:
             return None, sampled.sampled_token_ids.tolist(), {}, ["request"], {"request": 0}, []
 
-    return Runner()
+    return Runner
 
 
 class _Positions:

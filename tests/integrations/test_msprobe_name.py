@@ -89,6 +89,7 @@ class TestOnAscend:
     @pytest.fixture
     def attach(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         import vllm.platforms
+        from vllm.config import CUDAGraphMode
 
         from msprobe_graph.integrations import vllm as plugin
 
@@ -96,7 +97,10 @@ class TestOnAscend:
         monkeypatch.delenv("MSPROBE_GRAPH_RUN", raising=False)
 
         def attach(additional_config: dict[str, Any]) -> None:
-            config = SimpleNamespace(additional_config=additional_config, instance_id="abc_dp1")
+            eager = SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE)
+            config = SimpleNamespace(
+                additional_config=additional_config, instance_id="abc_dp1", compilation_config=eager
+            )
             worker = SimpleNamespace(vllm_config=config)
             plugin.attach(worker)
             assert vars(worker) == {"vllm_config": config}, "vllm-ascend captures, not we"

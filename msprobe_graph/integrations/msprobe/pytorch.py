@@ -18,16 +18,18 @@ log = logging.getLogger("msprobe_graph")
 
 
 UNSEEN = (
-    "vLLM compiles it, and inside of what vllm-ascend compiles or replays nothing is captured yet: start vLLM with "
-    "--enforce-eager to have it"
+    "vLLM compiles it without taps, so nothing is captured inside of what vllm-ascend compiles or replays: start vLLM "
+    "with --enforce-eager to have it"
 )
 
 
 class AclGraphDumper(acl_graph_dumper.AclGraphDumper):
-    """Ours, which says what it can't see of the models of vllm-ascend."""
+    """Ours, which says what it can't see of the models of vllm-ascend where our plugin has put no taps into them."""
 
     def start(self, model: Any) -> None:
         super().start(model)
+        if self.awaits_batches:  # as the plugin says
+            return
         unseen = [name or "the whole model" for name in compiled_modules(acl_graph_dumper.unwrapped(model))]
         if unseen:
             log.warning("of %s there will be holes in the dump: %s", ", ".join(unseen), UNSEEN)

@@ -49,20 +49,26 @@ def attach(worker: Any) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.device_type == "npu":
-        _serve_vllm_ascend(worker.vllm_config)
+        _serve_vllm_ascend(worker)
         return
     from .worker import WorkerCapture
 
     WorkerCapture(worker, config)
 
 
-def _serve_vllm_ascend(vllm_config: Any) -> None:
-    """vllm-ascend captures by itself, if additional_config says so: all that it needs is a debugger to import."""
+def _serve_vllm_ascend(worker: Any) -> None:
+    """vllm-ascend captures by itself, if additional_config says so: it needs a debugger to import and, with graphs,
+    taps in what is compiled."""
+    from vllm.config import CUDAGraphMode
+
+    from msprobe_graph.dump.boundary import Boundary
     from msprobe_graph.dump.folder import RUN_VARIABLE
     from msprobe_graph.integrations.msprobe import install_as_msprobe
 
+    vllm_config = worker.vllm_config
     given = vllm_config.additional_config
-    if not isinstance(given, Mapping) or not {CONFIG_PATH_KEY, CONFIG_KEY} & given.keys():
+    asked = isinstance(given, Mapping) and bool({CONFIG_PATH_KEY, CONFIG_KEY} & given.keys())
+    if not asked:
         log.warning(
             "%s is set, but vllm-ascend is asked to capture with --additional-config '{\"%s\": ...}' only",
             CONFIG_VARIABLE,
@@ -71,8 +77,16 @@ def _serve_vllm_ascend(vllm_config: Any) -> None:
     os.environ.setdefault(RUN_VARIABLE, run_name(vllm_config))  # vllm-ascend's calls can't tell it
     if install_as_msprobe(replace=os.environ.get(REPLACE_VARIABLE) == "1"):
         log.info("vllm-ascend captures the steps of this worker by msprobe_graph")
+        if asked and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            Boundary().attempt("what vllm-ascend compiles and replays", _follow_graphs, worker)
     else:
         log.info("vllm-ascend captures the steps of this worker by msProbe; %s=1 changes that", REPLACE_VARIABLE)
+
+
+def _follow_graphs(worker: Any) -> None:
+    from .ascend import AscendGraphs
+
+    AscendGraphs(worker)
 
 
 def run_name(vllm_config: Any) -> str:

@@ -3,7 +3,8 @@
 vLLM asks its configuration for a backend for each module that it compiles; ours goes around that one. In mode 2 that is
 a dynamo backend, "inductor" as a rule. In mode 3 it is vLLM's own, which splits the graph at attention, has Inductor
 compile the pieces between and runs the rest as it is. Taps of values that these split-off operators write stand behind
-them in the graph; the others go into the pieces.
+them in the graph; the others go into the pieces. A compiler of a platform's own, such as vllm-ascend's, has no place of
+its own for taps: there all stand in the graph, and in the pieces once it is split.
 
 A compiled module that vLLM takes from its cache was never traced: the names of its calls come from a file beside it.
 """
@@ -35,7 +36,7 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Hole
 from msprobe_graph.graph._compat import Retrace
 from msprobe_graph.graph.exact import Report
-from msprobe_graph.graph.handoff import Compiled, Taps, hand_on, tap_dynamo_graph
+from msprobe_graph.graph.handoff import Compiled, Taps, hand_on, tap_dynamo_graph, tap_in_front
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions
 from msprobe_graph.graph.passes import EXACT, PIN, passes
@@ -49,6 +50,8 @@ from .compiled import compiled_modules
 
 CHOOSING = ("level", "scope", "list", "data_mode", "risk_level", "custom_op_namespaces", "operators")
 """The settings that tell which values are tapped."""
+COMPILERS = ("inductor", "eager")
+"""What vLLM's own backend compiles with by name; any other is the platform's."""
 SPLIT = "msprobe_graph::tap"
 """Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
 REPLAYED = (
@@ -76,7 +79,8 @@ class GraphCapture:
         self._rounds: RemovableHandle | None = None
         compilation = vllm_config.compilation_config
         compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
-        if compilation.splitting_ops and not compilation.use_inductor_graph_partition:
+        splits = compilation.splitting_ops and not compilation.use_inductor_graph_partition
+        if splits and compilation.backend in COMPILERS:
             compilation.splitting_ops = [*compilation.splitting_ops, SPLIT]
         if isinstance(vllm_config.additional_config, dict):  # vLLM's caches are to know what was tapped
             vllm_config.additional_config = {**vllm_config.additional_config, "msprobe_graph": _choice(session)}
@@ -187,9 +191,14 @@ class Pieces:
         return self.compile_with_taps(module, inputs, Taps()).call
 
     def compile_with_taps(self, module: fx.GraphModule, inputs: Sequence[Any], taps: Taps) -> Compiled:
-        reports = (taps.boundary or Boundary()).attempt("taps", self._place, module, taps)
+        boundary, remarks, reports = taps.boundary or Boundary(), None, None
+        if self._backend.compilation_config.backend in COMPILERS:
+            reports = boundary.attempt("taps", self._place, module, taps)
+        elif taps.wanted:
+            compiler = self._backend.compiler_manager.compiler.name
+            remarks = boundary.attempt("taps", tap_in_front, module, taps, compiler)
         self.compiled = self._backend(module, inputs)
-        return Compiled(self.compiled.optimized_call, reports=reports or ())
+        return Compiled(self.compiled.optimized_call, remarks or (), reports or ())
 
     def _place(self, module: fx.GraphModule, taps: Taps) -> list[Report]:
         """Tap the graph where vLLM splits it, and have the other taps put into the pieces."""
