@@ -117,11 +117,12 @@ class PrecisionDebugger:
         if running:
             self.start()
 
-    def save(self, variable: Any, name: str) -> None:
+    def save(self, variable: Any, name: str, save_backward: bool = True) -> None:
         """At level "debug": record `variable`, a tensor or a nest of them, in the step's debug.json as
-        ``{name}.{call}.debug``."""
+        ``{name}.{call}.debug``; with `save_backward` also the gradients that a backward pass gives of it before the
+        step is over, as ``{name}_grad.{call}.debug``."""
         if self.session.settings.level == "debug" and self.session.wanted():
-            self.session.save(name, variable)
+            self.session.save(name, variable, save_backward)
 
     def flush(self) -> None:
         """Return when everything captured so far is on disk; a step that still runs is written as unfinished."""

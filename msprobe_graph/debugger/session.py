@@ -31,6 +31,7 @@ from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
 
 from . import sessions, user_signal
+from .saved_gradients import await_gradients
 
 log = logging.getLogger("msprobe_graph")
 
@@ -186,8 +187,9 @@ class Session:
             self.capture.begin_step(self.step)
             self.boundary.holes.clear()
 
-    def save(self, name: str, value: Any) -> None:
-        """Record `value` in the step's debug.json as ``{name}.{call}.debug``."""
+    def save(self, name: str, value: Any, gradients: bool) -> None:
+        """Record `value` in the step's debug.json as ``{name}.{call}.debug`` and, if asked for, its `gradients` as
+        ``{name}_grad.{call}.debug``, those that come before the step is over."""
         opened = self._opened({})
         if opened is None:
             return
@@ -197,6 +199,20 @@ class Session:
         stem = entry if self.settings.task == "tensor" else None
         recorder.saved[entry] = self.boundary.attempt(entry, recorder.value, value, stem)
         self._dirty = True
+        if gradients:
+            entry = f"{name}_grad.{call}.debug"
+            record = partial(self._record_gradient, self.step)
+            if not self.boundary.attempt(entry, await_gradients, value, recorder.saved, entry, entry, record):
+                del recorder.saved[entry]
+
+    def _record_gradient(self, step: int, gradient: torch.Tensor, stem: str) -> Any:
+        """The record of a gradient of what was saved in `step`; None when that is over, or it fails."""
+        if step != self.step or self._recorder is None:
+            return None
+        self._undraft()
+        return self.boundary.attempt(
+            stem, self._recorder.value, gradient, stem if self.settings.task == "tensor" else None
+        )
 
     def leave(self) -> None:
         """Take every hook and mode of ours away; `resume` puts them back."""

@@ -58,6 +58,26 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
+def test_methods_may_be_called_on_the_class(as_msprobe: None, tmp_path: Path) -> None:
+    """msProbe's are class methods of its one debugger."""
+    from msprobe.pytorch import PrecisionDebugger
+
+    PrecisionDebugger.latest = None
+    with pytest.raises(RuntimeError, match=r"make a PrecisionDebugger\(\.\.\.\) before PrecisionDebugger.start\(\)"):
+        PrecisionDebugger.start()
+    PrecisionDebugger(dump_path=str(tmp_path / "first"), level="L0")
+    debugger = PrecisionDebugger(dump_path=str(tmp_path / "dump"), level="L0")
+    model = torch.nn.Linear(2, 2)
+    for _ in range(2):
+        PrecisionDebugger.start(model)
+        model(torch.ones(1, 2))
+        PrecisionDebugger.stop()
+        PrecisionDebugger.step()
+    assert debugger.session.step == 2
+    assert [list(read(step).data) for step in steps(tmp_path / "dump")] == [["Module.Linear.forward.0"]] * 2
+    assert not (tmp_path / "first").exists()
+
+
 @pytest.mark.parametrize("keyword", ["rm_dropout", "is_enhanced"])
 def test_what_would_replace_functions_of_torch_is_refused(as_msprobe: None, keyword: str) -> None:
     from msprobe.pytorch import seed_all
