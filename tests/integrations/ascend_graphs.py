@@ -97,14 +97,8 @@ class Model(nn.Module):
         self.model = Body(vllm_config=vllm_config, prefix="model")
         self.head = nn.Linear(8, VOCABULARY, bias=False)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(*args, **kwargs)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
