@@ -19,6 +19,14 @@ setup(
             libraries=["m"],
             optional=True,
         ),
+        # Plain C++ of CPython's, no torch headers. Without it calls are described anew in each step.
+        Extension(
+            "msprobe_graph.taps._pattern",
+            sources=["msprobe_graph/taps/pattern.cpp"],
+            extra_compile_args=["-O3", "-std=c++17"],
+            language="c++",
+            optional=True,
+        ),
         # Without it what CUDA graphs replay is encoded by Python, several times slower.
         Extension(
             "msprobe_graph.dump._template",

@@ -31,7 +31,8 @@ def compiler_at_work() -> bool:
 def on_stack(mode: TorchFunctionMode) -> bool:
     """Whether `mode` is on this thread's stack of function modes."""
     height = torch._C._len_torch_function_stack()
-    return mode in [torch._C._get_function_stack_at(at) for at in range(height)]
+    at = torch._C._get_function_stack_at
+    return height > 0 and (at(height - 1) is mode or any(at(each) is mode for each in range(height)))
 
 
 def others_on_stack(mode: object) -> bool:
@@ -117,6 +118,11 @@ def replace_frame_callback(callback: Any) -> Any:
     """Set what dynamo asks on this thread about each Python frame that begins; what it was before is returned. None: it
     is off; False: it runs code that it has compiled before, and compiles none."""
     return torch._C._dynamo.eval_frame.set_eval_frame(callback)
+
+
+def frame_callback() -> Any:
+    """What dynamo asks on this thread: see `replace_frame_callback`."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback()
 
 
 class FrameCallback:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import NamedTuple
 
 import torch
 
 from msprobe_graph.dump.records import StackFrame
+from msprobe_graph.taps.likeness import extension
 
 OURS = (str(Path(sys.modules["msprobe_graph"].__file__ or "").parent), str(Path(__file__).parent))
 MODULE_CALL = torch.nn.modules.module.__file__
@@ -19,11 +20,19 @@ LEFT_OUT = {MODULE_CALL, torch.overrides.__file__}
 Stack = tuple[StackFrame, ...]
 
 
-class Anchor(NamedTuple):
+class Anchor:
     """A frame whose own stack is known, and which stands still while the call that it made runs."""
 
-    frame: FrameType
-    stack: Stack
+    __slots__ = ("frame", "outer", "stack", "walk")
+
+    def __init__(self, frame: FrameType, stack: Stack, walk: Hashable, outer: Stack | None) -> None:
+        self.frame: FrameType | None = frame
+        """None when the call is over."""
+        self.stack = stack
+        self.walk = walk
+        """What the frames from there up to the outer anchor's are known by."""
+        self.outer = outer
+        """The outer anchor's stack."""
 
 
 class CallStacks:
@@ -34,25 +43,23 @@ class CallStacks:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], Stack] = {}
+        compiled = extension()
+        self._walk = walk if compiled is None else compiled.stack_key
+        self._known: dict[tuple[Hashable, int], Stack] = {}
         self._codes: set[CodeType] = set()
         """Keeps alive the code objects whose ids are in the keys."""
 
-    def of(self, frame: FrameType | None, anchor: Anchor | None = None) -> Stack:
-        """The stack that ends in `frame`, innermost frame first."""
-        key = [0 if anchor is None else id(anchor.stack)]
-        end = None if anchor is None else anchor.frame
-        at = frame
-        while at is not None and at is not end:
-            key.append(id(at.f_code))
-            key.append(at.f_lasti)
-            at = at.f_back
-        if at is None and anchor is not None:  # the anchor is not above us: a callback from elsewhere
-            return self.of(frame)
-        known = self._known.get(tuple(key))
-        if known is None:
-            known = self._known[tuple(key)] = self._read(frame, end) + (anchor.stack if anchor else ())
-        return known
+    def anchor(self, frame: FrameType, outer: Anchor | None = None) -> Anchor:
+        """An anchor at `frame`, which a frame above `outer` is in the end called by."""
+        end = None if outer is None else outer.frame
+        walked = self._walk(frame, end)
+        if walked is None:  # the outer one is not above us: a callback from elsewhere
+            return self.anchor(frame)
+        above = () if outer is None else outer.stack
+        stack = self._known.get((walked, id(above)))
+        if stack is None:
+            stack = self._known[walked, id(above)] = self._read(frame, end) + above
+        return Anchor(frame, stack, walked, None if outer is None else above)
 
     def _read(self, frame: FrameType | None, end: FrameType | None) -> Stack:
         frames = []
@@ -65,8 +72,11 @@ class CallStacks:
         return tuple(frames)
 
 
-def caller_of_module(frame: FrameType | None) -> FrameType | None:
-    """The frame that called the module in whose hook `frame` is."""
-    while frame is not None and frame.f_code.co_filename == MODULE_CALL:
+def walk(frame: FrameType | None, end: FrameType | None) -> Hashable | None:
+    """What the frames up to but without `end` are known by; None where that is not among them."""
+    key = []
+    while frame is not None and frame is not end:
+        key.append(id(frame.f_code))
+        key.append(frame.f_lasti)
         frame = frame.f_back
-    return frame
+    return None if frame is None and end is not None else tuple(key)

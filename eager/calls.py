@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from msprobe_graph.dump.names import api_entry
 from msprobe_graph.dump.records import Entry
+from msprobe_graph.taps.likeness import Anchor, EarlierCall, Likeness
 
 from .backward import Backward
 from .context import Context, here, spread
@@ -27,10 +29,21 @@ class Calls:
         self._as_written = as_written
         self._backward = backward
         """None where gradients are not recorded by call (level L2 sees backward operators as operators)."""
+        self._earlier: defaultdict[str, dict[int, EarlierCall]] = defaultdict(dict)
+        """By name and number."""
 
     def record(self, api: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` returns. Inputs are read before the call, which may overwrite them."""
         context = self._context
+        table = context.recorder.table
+        if table is not None and (known := self._earlier.get(api)):
+            numbering = context.numbering
+            stack = context.running.stack
+            earlier = table.begin(numbering.calls, numbering.within_modules, stack, api, known, (args, kwargs))
+            if earlier is not None:
+                result = func(*args, **kwargs)
+                context.boundary.attempt(earlier.entry.name, self._outputs, earlier, func, args, kwargs, result)
+                return result
         selection = context.selection
         if not selection.may_want_api(api):
             return func(*args, **kwargs)
@@ -38,36 +51,63 @@ class Calls:
         name = api_entry(api, number, "forward")
         if not selection.wants_api(name):
             return func(*args, **kwargs)
-        entry = context.boundary.attempt(name, self._inputs, name, api, args, kwargs)
+        call = context.boundary.attempt(name, self._inputs, name, api, args, kwargs)
         result = func(*args, **kwargs)
-        if entry is not None:
-            context.boundary.attempt(name, self._outputs, entry, func, args, kwargs, result)
+        if call is not None:
+            context.boundary.attempt(name, self._outputs, call, func, args, kwargs, result)
             if self._backward is not None and selection.backward and torch.is_grad_enabled():
                 backward = api_entry(api, number, "backward")
-                context.boundary.attempt(name, self._backward.follow_call, backward, entry, result)
+                context.boundary.attempt(name, self._backward.follow_call, backward, call.entry, result)
         return result
 
-    def _inputs(self, name: str, api: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+    def _inputs(self, name: str, api: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun:
         context = self._context
         parts: dict[str, Any] = {}
+        inputs = None
         if context.selection.forward and context.selection.inputs:
             save = context.selection.saves(name)
-            args, kwargs = self._as_written(api, args, kwargs)
-            parts["input_args"] = context.values(args, f"{name}.input", save)
-            parts["input_kwargs"] = context.named(kwargs, f"{name}.kwargs", save)
-        return context.entry(name, api, parts, here(3))
+            given = self._as_written(api, args, kwargs)
+            parts["input_args"] = context.values(given[0], f"{name}.input", save)
+            parts["input_kwargs"] = context.named(given[1], f"{name}.kwargs", save)
+            inputs = context.recorder.likeness((args, kwargs), given, list(parts.values()))
+        anchor = context.anchor(here(3))
+        return _Begun(Entry(name, parts, *context.place(api, anchor)), inputs, anchor)
 
     def _outputs(
-        self, entry: Entry, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        self,
+        call: _Begun | EarlierCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
     ) -> None:
         context = self._context
-        if not context.selection.forward:
+        entry, selection, recorder = call.entry, context.selection, context.recorder
+        if not selection.forward:
             return
-        if context.selection.outputs:
-            outputs = spread(result)
-            into = written(func, args, kwargs)
-            if into:
-                returned = () if result is None else outputs
-                outputs = (*returned, *(tensor for tensor in into if not any(tensor is other for other in returned)))
-            entry.parts["output"] = context.values(outputs, f"{entry.name}.output", context.selection.saves(entry.name))
-        context.recorder.entries[entry.name] = entry
+        outputs = spread(result)
+        into = written(func, args, kwargs)
+        if into:
+            returned = () if result is None else outputs
+            outputs = (*returned, *(tensor for tensor in into if not any(tensor is other for other in returned)))
+        if isinstance(call, EarlierCall):
+            table = recorder.table
+            if table is not None and table.end(recorder.entries, call, outputs, None):
+                return
+            entry = call.begun()
+        if selection.outputs:
+            entry.parts["output"] = context.values(outputs, f"{entry.name}.output", selection.saves(entry.name))
+            kept = recorder.likeness((outputs, None), outputs, entry.parts["output"])
+            api, number, _ = entry.name.rsplit(".", 2)
+            if kept is not None and call.inputs is not None and selection.everything:
+                self._earlier[api][int(number)] = EarlierCall(entry, call.inputs, kept, call.anchor, None)
+        recorder.entries[entry.name] = entry
+
+
+class _Begun(NamedTuple):
+    """A call that was looked at when it began."""
+
+    entry: Entry
+    inputs: Likeness | None
+    """What its inputs are like; None where that can't be told."""
+    anchor: Anchor | None

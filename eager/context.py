@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Entry
+from msprobe_graph.taps.likeness import EarlierCall, Likeness
 from msprobe_graph.taps.recorder import Recorder
 
-from .call_stacks import Anchor, CallStacks, caller_of_module
+from .call_stacks import Anchor, CallStacks, Stack
 from .module_backward import Edges
 from .paths import Paths
 
@@ -27,51 +28,62 @@ class Numbering:
     """Call numbers within one step: of a name in all, and of a name within one module."""
 
     def __init__(self) -> None:
-        self._calls: defaultdict[str, int] = defaultdict(int)
-        self._within: defaultdict[tuple[str, str | None], int] = defaultdict(int)
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        """How many calls of each name have been counted."""
+        self.within_modules: defaultdict[tuple[str, str | None], int] = defaultdict(int)
+        """The same of a name within a module."""
 
     def reset(self) -> None:
         """A new step: everything counts from 0 again."""
-        self._calls.clear()
-        self._within.clear()
+        self.calls.clear()
+        self.within_modules.clear()
 
     def next(self, name: str) -> int:
         """The number that the next call of `name` will bear: how many have been counted."""
-        return self._calls.get(name, 0)
+        return self.calls.get(name, 0)
 
     def advance(self, name: str) -> int:
         """Count a call of `name`; what is returned is its number."""
-        number = self._calls[name]
-        self._calls[name] = number + 1
+        number = self.calls[name]
+        self.calls[name] = number + 1
         return number
 
     def counts(self) -> dict[str, int]:
         """How many calls of each name have been counted."""
-        return dict(self._calls)
+        return dict(self.calls)
 
     def stands_at(self, counts: Mapping[str, int]) -> bool:
         """Whether as many calls of each name have been counted."""
-        calls = self._calls
+        calls = self.calls
         if calls.keys().isdisjoint(counts):
             return not any(counts.values())
         return all(calls.get(name, 0) == count for name, count in counts.items())
 
     def go_to(self, counts: Mapping[str, int]) -> None:
         """Count calls of each name up to there."""
-        self._calls.update(counts)
+        self.calls.update(counts)
 
     def within(self, name: str, module: str | None) -> int:
         """Which call of `name` this is within `module`, counted by being asked."""
         key = (name, module)
-        number = self._within[key]
-        self._within[key] = number + 1
+        number = self.within_modules[key]
+        self.within_modules[key] = number + 1
         return number
+
+
+class Place(NamedTuple):
+    """Where in the program a call stands: fields of its entry."""
+
+    module: str | None
+    number: int
+    parent: str | None
+    stack: Stack | None
 
 
 class ModuleCall:
     """A module call whose forward runs."""
 
-    __slots__ = ("anchor", "before", "edges", "end", "entry", "name", "number", "path", "prefix")
+    __slots__ = ("anchor", "before", "earlier", "edges", "end", "entry", "inputs", "name", "number", "path", "prefix")
 
     def __init__(self, prefix: str, path: str, number: int, name: str | None) -> None:
         self.prefix = prefix
@@ -81,6 +93,10 @@ class ModuleCall:
         """Its entry's name; None at the levels that record no modules."""
         self.entry: Entry | None = None
         """Its entry, as far as it goes; None when it isn't wanted."""
+        self.inputs: Likeness | None = None
+        """What its inputs are like; None where that can't be told."""
+        self.earlier: EarlierCall | None = None
+        """What it was in an earlier step, if it begins like that."""
         self.edges: Edges | None = None
         """Where its inputs hang in the autograd graph; None when gradients aren't wanted."""
         self.anchor: Anchor | None = None
@@ -121,7 +137,7 @@ class Context:
     paths: Paths = field(default_factory=Paths)
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
     """Gives contexts in which compiled code runs: this capture's mode sees nothing there."""
-    module_begins: Callable[[], Callable[[], None] | None] = lambda: None
+    module_begins: Callable[[], Callable[[], None] | None] | None = None
     """Called when a module's hooks find that its call begins; what it gives is called at the end."""
     level: str = "mix"
     """What is captured: L0, L1, mix or L2."""
@@ -129,25 +145,17 @@ class Context:
     """Between start() and stop()."""
     step: int = 0
 
-    def entry(self, name: str, calls: str, parts: dict[str, Any], frame: FrameType | None) -> Entry:
-        """A forward entry with its place in the program; `calls` is what its number within the module counts."""
+    def place(self, calls: str, anchor: Anchor | None) -> Place:
+        """That of a function's call made at `anchor`; `calls` is what its number within the module counts."""
         inside = self.running.top
         module = inside.path if inside else None
-        return Entry(
-            name,
-            parts,
-            module=module,
-            number=self.numbering.within(calls, module),
-            parent=inside.name if inside else None,
-            stack=None if self.stacks is None else self.stacks.of(frame, inside.anchor if inside else None),
-        )
+        number = self.numbering.within(calls, module)
+        return Place(module, number, inside.name if inside else None, anchor.stack if anchor else None)
 
-    def anchor(self, frame: FrameType, inside: ModuleCall | None) -> Anchor | None:
-        """An anchor at a frame of nn.Module's that runs a module's hooks, and its forward; `inside` is the module that
-        runs already."""
-        if self.stacks is None:
-            return None
-        return Anchor(frame, self.stacks.of(caller_of_module(frame), inside.anchor if inside else None))
+    def anchor(self, frame: FrameType) -> Anchor | None:
+        """An anchor at a frame inside of the running module's call; None when stacks aren't wanted."""
+        inside = self.running.top
+        return None if self.stacks is None else self.stacks.anchor(frame, inside.anchor if inside else None)
 
     def values(self, values: Any, stem: str, save: bool) -> list[Any]:
         """Positional arguments or outputs, measured: one record or nest for each."""

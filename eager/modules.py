@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from msprobe_graph.dump.names import module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole
+from msprobe_graph.taps.likeness import EarlierCall, Likeness
 
 from ._compat import unseen
 from .backward import Backward
@@ -27,21 +28,30 @@ class ModuleTap:
         self._backward = backward
         self._records = records
         """False where modules are only kept track of (level L1)."""
+        self._earlier: dict[int, EarlierCall] = {}
+        """By a call's number."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
         context = self._context
         if not context.on:
             return
+        stack, table, known = context.running.stack, context.recorder.table, self._earlier
+        if known and table is not None:
+            earlier = table.begin(context.numbering.calls, None, stack, self.prefix, known, (args, kwargs))
+            if earlier is not None:
+                if context.module_begins is not None:
+                    earlier.call.end = context.module_begins()
+                return
         prefix = self.prefix
         number = context.numbering.advance(prefix)
         name = module_call(prefix, "forward", number)
         call = ModuleCall(prefix, self.path, number, name if self._records else None)
-        stack = context.running.stack
         with unseen():
-            context.boundary.attempt(name, self._inputs, call, stack[-1] if stack else None, args, kwargs)
+            context.boundary.attempt(name, self._inputs, call, args, kwargs)
         stack.append(call)
-        call.end = context.module_begins()
+        if context.module_begins is not None:
+            call.end = context.module_begins()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook, called when the forward raised too."""
@@ -52,27 +62,39 @@ class ModuleTap:
         call = stack.pop()
         if call.end is not None:
             call.end()
-        name = call.name
-        if name is None:
-            return
-        with unseen():
-            context.selection.leave(name)
-            if call.entry is None:
-                return
-            error = call.raised() if output is None else None
-            if error is not None:
-                context.recorder.entries[name] = call.entry
-                context.recorder.holes.append(Hole(f"{name}.output", f"the call raised {type(error).__name__}"))
-                return
-            context.boundary.attempt(name, self._outputs, call.entry, call, module, output)
+        if call.name is not None and not self._ends_like_earlier(call, module, output):
+            with unseen():
+                self._end(call, call.name, module, output)
+        call.edges = None
+        if call.anchor is not None:
+            call.anchor.frame = None  # which holds on to what the caller has
 
-    def _inputs(
-        self, call: ModuleCall, inside: ModuleCall | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _ends_like_earlier(self, call: ModuleCall, module: nn.Module, output: Any) -> bool:
+        """Whether the call has begun and ended like one of an earlier step: then all is recorded."""
+        earlier, recorder = call.earlier, self._context.recorder
+        if earlier is None or output is None or recorder.table is None:
+            return False
+        return bool(recorder.table.end(recorder.entries, earlier, output, module._parameters))
+
+    def _end(self, call: ModuleCall, name: str, module: nn.Module, output: Any) -> None:
         context = self._context
-        call.anchor = context.anchor(here(3), inside)
+        context.selection.leave(name)
+        if call.entry is None:
+            return
+        error = call.raised() if output is None else None
+        if error is not None:
+            context.recorder.entries[name] = call.entry if call.earlier is None else call.earlier.begun()
+            context.recorder.holes.append(Hole(f"{name}.output", f"the call raised {type(error).__name__}"))
+            return
+        context.boundary.attempt(name, self._outputs, call.entry, call, module, output)
+
+    def _inputs(self, call: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = self._context
+        call.anchor = context.anchor(here(3))
         name, selection = call.name, context.selection
         if name is None:
+            unread = context.recorder.unread()
+            self._keep(call, Entry("", {}, self.path, call.number), unread, unread)
             return
         selection.enter(name)
         if not selection.wants_module(name):
@@ -82,8 +104,10 @@ class ModuleTap:
             save = selection.saves(name)
             parts["input_args"] = context.values(args, f"{name}.input", save)
             parts["input_kwargs"] = context.named(kwargs, f"{name}.kwargs", save)
-        parent, stack = inside.name if inside else None, call.anchor.stack if call.anchor else None
-        call.entry = Entry(name, parts, self.path, call.number, parent, stack)
+            call.inputs = context.recorder.likeness((args, kwargs), (args, kwargs), list(parts.values()))
+        inside = context.running.top
+        stack = call.anchor.stack if call.anchor else None
+        call.entry = Entry(name, parts, self.path, call.number, inside.name if inside else None, stack)
         if selection.backward and torch.is_grad_enabled():
             call.edges = self._backward.edges(args, kwargs)
 
@@ -91,14 +115,24 @@ class ModuleTap:
         context = self._context
         selection = context.selection
         if selection.forward:
-            name = entry.name
+            if call.earlier is not None:
+                entry = call.earlier.begun()
             if selection.outputs:
-                save = selection.saves(name)
+                name, save = entry.name, selection.saves(entry.name)
                 entry.parts["output"] = context.values(spread(output), f"{name}.output", save)
                 entry.parts["parameters"] = context.parameters(module, f"{name}.parameters", save)
-            context.recorder.entries[name] = entry
+                returned, parts = (spread(output), module._parameters), (entry.parts["output"], entry.parts["parameters"])
+                self._keep(call, entry, call.inputs, context.recorder.likeness(returned, returned, parts))
+            context.recorder.entries[entry.name] = entry
         if call.edges is not None:
             self._backward.follow_module(module_call(self.prefix, "backward", call.number), entry, call.edges, output)
+
+    def _keep(self, call: ModuleCall, entry: Entry, inputs: Likeness | None, outputs: Likeness | None) -> None:
+        """For later calls that are like this one."""
+        call.earlier = None
+        if inputs is not None and outputs is not None and self._context.selection.everything:
+            call.entry, call.inputs = entry, inputs
+            call.earlier = self._earlier[call.number] = EarlierCall(entry, inputs, outputs, call.anchor, call)
 
 
 class ModuleHooks:

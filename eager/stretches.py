@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from msprobe_graph.dump.records import Hole
 
-from ._compat import FrameCallback, others_on_stack, replace_frame_callback, runs_what_fits
+from ._compat import FrameCallback, frame_callback, on_stack, others_on_stack, replace_frame_callback, runs_what_fits
 from .call_stacks import MODULE_CALL
 from .context import Context, here
 from .modes import ModeSwitch
@@ -73,6 +73,9 @@ class Stretches:
     def module_begins(self) -> Callable[[], None] | None:
         """To be called by a hook when a module call begins, so that its functions are seen where dynamo leaves them to
         Python. What it returns is to be called at its end; None: nothing is."""
+        mode = self._mode
+        if frame_callback() is None and self._held is None and mode.on and on_stack(mode.mode):
+            return None  # no compiled code is near
         if get_ident() != self._thread or self._in_graph or self._left_to_the_program():
             return None
         callback = replace_frame_callback(None)  # nothing that we do here is dynamo's business

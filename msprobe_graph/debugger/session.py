@@ -108,10 +108,10 @@ class Session:
         if cut is None:
             self.fire("request")
             return
-        recorder.cut, recorder.requests = cut, list(requests)
-        recorder.padding = None
+        padding = None
         if requests and padded_rows is not None and padded_rows > requests[-1].end:
-            recorder.padding = Padding(requests[-1].end, padded_rows, models.values())
+            padding = Padding(requests[-1].end, padded_rows, models.values())
+        recorder.go_on(cut, requests, padding)
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()

@@ -194,6 +194,14 @@ class Replay(Protocol):
         """The same with `lines` in place of the records."""
 
 
+class Alike(Protocol):
+    """What a step has measured of calls that are like those of earlier steps."""
+
+    def encode(self, entries: Sequence[Entry]) -> bytes:
+        """What dump.json holds of the step's entries, among which are those calls', when all other records are
+        complete. To be asked step after step."""
+
+
 class Step(msgspec.Struct):
     """All that one step has captured."""
 
@@ -205,6 +213,7 @@ class Step(msgspec.Struct):
     """The records that this step has measured, by row."""
     shared: list[Shared] = []
     """Records with the statistics of another one."""
+    alike: Alike | None = None
     replays: list[Replay] = []
     """What was replayed stands before all entries, in this order."""
     blocks: list[Block] = []

@@ -106,8 +106,9 @@ class StepFiles:
         folder = self.folder(step.number)
         begun = folder.exists()
         head = self._head(folder)
+        own = entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
         files = {
-            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), entry_lines(step.entries)]),
+            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), own]),
             "stack.json": self._stacks.encode(step.all_entries),
             "construct.json": self._tree.encode(self._construct(step)),
         }

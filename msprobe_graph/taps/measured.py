@@ -12,6 +12,7 @@ counter: they are measured every time.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import msgspec
 import torch
@@ -19,6 +20,7 @@ import torch
 from msprobe_graph.dump.records import TensorRecord
 from msprobe_graph.dump.saved import Saved
 
+from .likeness import Probes, extension
 from .native import fingerprint
 
 WORTH_REMEMBERING = 128 * 1024
@@ -42,11 +44,18 @@ class Known(msgspec.Struct, gc=False):
 class Measured:
     """The tensors measured so far that are still alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, across_steps: bool) -> None:
+        """across_steps: False where only weights are known from one step to the next, because the records of other
+        values are filled in anew."""
+        self._across_steps = across_steps
         self._weights: dict[int, Known] = {}
         self._others: dict[int, Known] = {}
-        self._probed = False
+        self.probed = False
         """Whether the weights have been probed in this step."""
+        self.written = False
+        """Whether that found one that somebody had written to, unnoticed by its version counter."""
+        self._probes: Probes | None = None
+        """Of all weights, if they are still the same."""
 
     def begin(self) -> None:
         """A new step: what is known of tensors long gone is forgotten, and of those that can't be probed, because the
@@ -54,9 +63,9 @@ class Measured:
         self._others = {
             key: known
             for key, known in self._others.items()
-            if known.fingerprint is not None and known.tensor() is not None
+            if self._across_steps and known.fingerprint is not None and known.tensor() is not None
         }
-        self._probed = False
+        self.probed = self.written = False
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:
         """What is known of `tensor` as it is now, without a record when it is new or has changed.
@@ -64,7 +73,11 @@ class Measured:
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """
         if type(tensor) is torch.nn.Parameter:
-            return self.weight(tensor) or _remember(tensor, tensor.data_ptr(), self._weights)
+            known = self.weight(tensor)
+            if known is None:
+                known = _remember(tensor, tensor.data_ptr(), self._weights)
+                self._probes = None
+            return known
         if tensor.numel() * tensor.itemsize < WORTH_REMEMBERING:
             return None
         known = self._others.get(id(tensor))
@@ -80,8 +93,8 @@ class Measured:
     def weight(self, tensor: torch.Tensor) -> Known | None:
         """What is known of a weight that has not changed; None otherwise, and for what is not exactly an
         nn.Parameter."""
-        if not self._probed:
-            self._probe()
+        if not self.probed:
+            self.probe()
         known = self._weights.get(id(tensor))
         if known is None or known.tensor() is not tensor or known.version != tensor._version:
             return None
@@ -91,15 +104,34 @@ class Measured:
             known.address = tensor.data_ptr()
         return known
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         """Forget the weights that have changed. All in one go: a probe between two operators would find cold caches."""
-        self._probed = True
+        self.probed = True
+        if self._probes is not None and self._probes.stand():
+            return
         unchanged = {}
         for key, known in list(self._weights.items()):
             weight = known.tensor()
             if weight is not None and known.fingerprint == fingerprint(weight):
                 unchanged[key] = known
+            elif weight is not None and known.version == weight._version:
+                self.written = True
         self._weights = unchanged
+        self._probes = _probes(unchanged.values())
+
+
+def _probes(weights: Iterable[Known]) -> Probes | None:
+    """None where there is no compiled code for it, or a weight can't be probed."""
+    compiled = extension()
+    if compiled is None:
+        return None
+    probes = []
+    for known in weights:
+        weight = known.tensor()
+        if weight is None or known.fingerprint is None or weight.data_ptr() != known.address:
+            return None
+        probes.append((known.tensor, known.address, weight.numel(), weight.itemsize, known.fingerprint))
+    return compiled.Probes(probes)
 
 
 def _remember(tensor: torch.Tensor, address: int, where: dict[int, Known]) -> Known | None:

@@ -6,7 +6,6 @@ was recorded; a value that was measured already in this step, and has not change
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import Entry, Hole, Request, Shared, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
+from .alike import AlikeInStep, LastText
 from .checksum import crc32, xor_checksum
+from .likeness import MAX_DEPTH, Likeness, Table, anything, contents, extension, likeness
 from .measured import Known, Measured
 from .padding import Padding
 from .replayed import ReplayedCall, ReplayedValue, ReplayInStep
@@ -30,9 +31,6 @@ from .unmeasurable import Unmeasurable, refuse_captured
 if TYPE_CHECKING:
     from .arrival import Slot
     from .rows_in_graphs import RowsInGraphs
-
-MAX_DEPTH = 10
-"""Arguments nested deeper than this are recorded by their type only."""
 
 _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -52,13 +50,17 @@ class Recorder:
         self._writer = writer
         self.repeats = settings.keep_last is None
         """Whether records may be filled in anew, as those of a step that was written."""
+        plain = settings.task == "statistics" and not settings.tensor_list and self._checksum is None
+        self._extension = extension() if self.repeats and plain else None
+        self._without_gradients = "backward" in settings.data_mode
+        self._last_text = LastText()
         self._row_memory = RowMemory()
         self.forget()
         self.begin(0)
 
     def forget(self) -> None:
         """What the running step has measured will not be known: it is to be measured again."""
-        self._measured = Measured()
+        self._measured = Measured(across_steps=self._extension is None)
 
     def begin(self, number: int) -> None:
         """Start step `number` with nothing in it."""
@@ -66,6 +68,10 @@ class Recorder:
         self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}
         self._shared: list[Shared] = []
+        self._table = None if self._extension is None else self._extension.Table(self._without_gradients)
+        """What is measured of calls that are like those of earlier steps."""
+        self.table: Table | None = None
+        """That, while such calls are looked for; else each is described anew."""
         self.replays: list[ReplayedCall] = []
         """The calls that CUDA graphs may have replayed as a whole."""
         self._replayed_now: ReplayedCall | None = None
@@ -78,6 +84,13 @@ class Recorder:
         self.requests: list[Request] = []
         self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
         """By id: what describes, when the step is over, a compiled graph that ran in it."""
+
+    def go_on(self, cut: Sequence[Slice], requests: Sequence[Request] = (), padding: Padding | None = None) -> None:
+        """The running step goes on, with these requests in its batch."""
+        self.cut, self.requests, self.padding = cut, list(requests), padding
+        if not self._measured.probed:
+            self._measured.probe()
+        self.table = None if cut or padding is not None or self._measured.written else self._table
 
     def seal(self, finished: bool) -> None:
         """See `Rows.seal`; to be called before `as_step`."""
@@ -93,6 +106,7 @@ class Recorder:
             rows=self._rows if self._measures else None,
             records=dict(self._records),
             shared=list(self._shared),
+            alike=self._alike_in_step(),
             replays=[ReplayInStep(call, self._rows.arrival(call.graph)) for call in self.replays] if finished else [],
             holes=[*self.holes, *holes],
             requests=list(self.requests),
@@ -103,23 +117,34 @@ class Recorder:
             finished=finished,
         )
 
+    def _alike_in_step(self) -> AlikeInStep | None:
+        calls = [] if self._table is None else self._table.calls()
+        return AlikeInStep(self._table.contents(), calls, self._last_text) if self._table and calls else None
+
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value, stem)
-        if isinstance(value, (list, tuple)) and type(value) is not torch.Size and depth < MAX_DEPTH:
-            if hasattr(value, "_fields"):
-                return self._fields({name: getattr(value, name) for name in value._fields}, stem, depth)
+        children = contents(value) if depth < MAX_DEPTH else None
+        if isinstance(children, Mapping):
+            return {
+                str(name): self.value(item, None if stem is None else f"{stem}.{name}", depth + 1)
+                for name, item in children.items()
+            }
+        if children is not None:
             return [
                 self.value(item, None if stem is None else f"{stem}.{index}", depth + 1)
-                for index, item in enumerate(value)
+                for index, item in enumerate(children)
             ]
-        if isinstance(value, dict) and depth < MAX_DEPTH:
-            return self._fields(value, stem, depth)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type) and depth < MAX_DEPTH:
-            fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-            return self._fields(fields, stem, depth)
         return describe(value)
+
+    def likeness(self, values: object, described: object, records: object) -> Likeness | None:
+        """What later calls' values may be like: see `likeness.likeness`. None where nobody will ask."""
+        return None if self.table is None else likeness(values, described, records)
+
+    def unread(self) -> Likeness | None:
+        """The same of values that are not recorded."""
+        return None if self.table is None else anything(tuple)
 
     def weights(self, parameters: Mapping[str, torch.Tensor | None]) -> dict[str, TensorRecord]:
         """The records of a module's own parameters, which are not saved: `value` of each in fewer steps, as nearly all
@@ -184,12 +209,6 @@ class Recorder:
             self.entries, self.holes, self._shared, self.graphs = outside
             self._replayed_now = None
 
-    def _fields(self, fields: dict[Any, Any], stem: str | None, depth: int) -> dict[str, Any]:
-        return {
-            str(name): self.value(item, None if stem is None else f"{stem}.{name}", depth + 1)
-            for name, item in fields.items()
-        }
-
     def _tensor(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
         if self.cut or self.padding is not None:
             tensor = self._part(tensor)
@@ -199,6 +218,10 @@ class Recorder:
             if record is None or record.requires_grad != tensor.requires_grad:
                 record = self._read(tensor, stem)
                 known.record = record if record.reason is msgspec.UNSET else None
+            elif self._table is not None and type(tensor) is not torch.nn.Parameter:
+                # Calls that are like this one may be given another tensor.
+                record = msgspec.structs.replace(record)
+                self._shared.append((known.record, record, None))
             return record
         record = self._read(tensor, stem)
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):

@@ -9,9 +9,9 @@ import torch
 
 from msprobe_graph.dump.encode import complete, entry_lines, refuse, reset, share
 from msprobe_graph.dump.records import NOT_REPLAYED, OVERRUN, Block, Entry, Hole, Shared, TensorRecord
-from msprobe_graph.dump.template import BOOLEAN, INTEGER, REAL, UNSIGNED, Number, Template, Value, fills, mark
+from msprobe_graph.dump.template import Template, fills
 
-from .statistics import REAL as REAL_DTYPES
+from .marks import Marks
 
 if TYPE_CHECKING:
     from .arrival import Arrival, Slot
@@ -104,25 +104,15 @@ class ReplayInStep:
         return Block(list(call.entries.values()), measured, holes, graphs)
 
     def _template(self, arrival: Arrival) -> Template:
-        """Of the entries' text. The numbers are where `statistics.ROW` has them, for this arrival and all of its
-        kind."""
-        numbers: list[Number] = []
-        values: list[Value] = []
+        """Of the entries' text, for this arrival and all of its kind."""
+        marks = Marks()
         for record, slots, dtype in self._call.values:
             written = arrival.first(slots)
             if written is None:
                 refuse(record, NOT_REPLAYED)
                 continue
             reset(record, written.shape)
-            real = dtype in REAL_DTYPES
-            values.append(Value(written.word, real))
-            extremes = REAL if real else _EXTREMES.get(dtype, INTEGER)
-            words = zip((0, 1, 2, 3) if real else (4, 5, 2, 3), (extremes, extremes, REAL, REAL), strict=True)
-            record.Max, record.Min, record.Mean, record.Norm = map(mark, range(len(numbers), len(numbers) + 4))
-            numbers += [Number(written.word + word, format) for word, format in words]
+            marks.put(record, dtype, written.word)
         for shared in self._call.shared:
             share(*shared)
-        return Template(entry_lines(self._call.entries.values()), numbers, values)
-
-
-_EXTREMES = {torch.bool: BOOLEAN, torch.uint64: UNSIGNED}
+        return marks.template(self._call.entries.values())

@@ -21,6 +21,9 @@ REAL = frozenset(
 )
 """Dtypes whose values may be NaN or infinite."""
 
+EMPTY = Statistics(None, None, None, None)
+"""Of a tensor without elements."""
+
 Row: TypeAlias = tuple[float, float, float, float, int, int, int, int]
 """A row, unpacked by `ROW`."""
 

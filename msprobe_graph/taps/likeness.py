@@ -1,0 +1,276 @@
+"""Calls that are like calls of an earlier step: only their values are read, into the records that were made then.
+
+From step to step most calls of a model differ in nothing but numbers. So what the values of a call were like is kept: a
+`Likeness`. Where the values of a later call are found to be like them, its tensors are measured without being described
+anew. The code that compares and measures, pattern.cpp, is optional: without it each call is described anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import msgspec
+import torch
+
+from msprobe_graph.dump.encode import describe
+from msprobe_graph.dump.records import Entry, TensorRecord
+
+from . import native
+from .unmeasurable import PLAIN
+
+T = TypeVar("T")
+
+MAX_DEPTH = 10
+"""Arguments nested deeper than this are recorded by their type only."""
+
+
+class Pattern(Protocol):
+    """What values are to be like, part by part."""
+
+
+class Table(Protocol):
+    """The rows of one step. `begin` and `end` raise nothing: what they can't do is to be done anew.
+
+    Made with `without_gradients`, calls that autograd records are like no others.
+    """
+
+    def begin(
+        self,
+        numbers: dict[str, int],
+        within: dict[tuple[str, str | None], int] | None,
+        stack: list[Any],
+        name: str,
+        earlier: Mapping[int, EarlierCall],
+        given: object,
+    ) -> EarlierCall | None:
+        """Where a call begins like the earlier one of its number, which is then counted: measure what it was given.
+
+        To be called in the frame that the earlier one's was walked from. numbers, within: calls counted so far, by
+        name, and by name and module where that counts. stack: the module calls that run, innermost last; a module's
+        call is pushed there.
+        """
+
+    def end(
+        self,
+        entries: dict[str, Entry],
+        earlier: EarlierCall,
+        returned: object,
+        parameters: Mapping[str, torch.Tensor | None] | None,
+    ) -> bool | None:
+        """True if the call has also ended like that earlier one: then what it returned is measured, and its entry is
+        among `entries`. `parameters` are those of a module."""
+
+    def calls(self) -> list[tuple[Likeness, int]]:
+        """What was measured: likenesses with records, each with the number of the first one's row."""
+
+    def contents(self) -> bytes:
+        """All rows, as `statistics.ROW` has them."""
+
+
+class Probes(Protocol):
+    """Tensors as they were: each a weak reference, address, elements, their size in bytes, and fingerprint."""
+
+    def stand(self) -> bool:
+        """Whether all are where they were, and have their fingerprints."""
+
+
+class Likeness(NamedTuple):
+    """What the values of a call were like."""
+
+    pattern: Pattern
+    records: Sequence[TensorRecord]
+    """Of the tensors that are measured, in the order of their rows."""
+    dtypes: Sequence[torch.dtype]
+
+
+class Anchor(Protocol):
+    """Where a call was made."""
+
+    frame: FrameType | None
+    """None when it is over."""
+    stack: object
+    """Equal ones are the same."""
+    walk: Hashable
+    """What the frames above it are known by, up to the call of the module that runs: see `stack_key`."""
+    outer: object
+    """That call's stack."""
+
+
+class EarlierCall(NamedTuple):
+    """A call as it was in an earlier step; pattern.cpp has the same order."""
+
+    entry: Entry
+    inputs: Likeness
+    outputs: Likeness
+    """Of what it returned, and of a module's own parameters."""
+    anchor: Anchor | None
+    """Where it was called; None where stacks are not wanted."""
+    call: Any
+    """A module's call, which serves again; None of a function."""
+
+    def begun(self) -> Entry:
+        """The entry of a call that has begun like this one and goes on differently."""
+        parts = {key: part for key, part in self.entry.parts.items() if key in ("input_args", "input_kwargs")}
+        return msgspec.structs.replace(self.entry, parts=parts)
+
+
+class Kind(IntEnum):
+    """What is looked at of a value; pattern.cpp has the same order."""
+
+    TENSOR = 0
+    """A plain tensor in the CPU's memory of the same dtype, shape and requires_grad. It is measured."""
+    WEIGHT = 1
+    """The same nn.Parameter, which nobody has written to."""
+    EQUAL = 2
+    """The same value."""
+    TYPE = 3
+    """Only its type, which is all that is recorded of it."""
+    ITEMS = 4
+    """A list or tuple, with its items."""
+    KEYS = 5
+    """A dict, with its values."""
+    FIELDS = 6
+    """A dataclass, with its fields."""
+
+
+def anything(kind: type) -> Likeness | None:
+    """What all values of that type are like: nothing of them is measured."""
+    known = extension()
+    return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [])
+
+
+class _Part(NamedTuple):
+    """One line of a pattern, as pattern.cpp reads it."""
+
+    kind: Kind
+    type: type
+    object: object = None
+    """TENSOR: its dtype. WEIGHT: itself. EQUAL: the value. KEYS, FIELDS: the names."""
+    size: int = 0
+    """ITEMS: how many. TENSOR: bytes of an element."""
+    code: int = 0
+    """TENSOR: of its dtype, in statistics.c."""
+    requires_grad: bool = False
+    shape: tuple[int, ...] = ()
+
+
+class _Extension(Protocol):
+    def Pattern(self, parts: list[_Part]) -> Pattern: ...  # noqa: N802
+
+    def Table(self, without_gradients: bool) -> Table: ...  # noqa: N802
+
+    def Probes(self, tensors: list[tuple[object, int, int, int, int]]) -> Probes: ...  # noqa: N802
+
+    def set_up(self, *functions: object) -> None: ...
+
+    def stack_key(self, frame: FrameType, end: FrameType | None) -> bytes | None:
+        """Code objects and instructions of the frames up to but without `end`; None where that is not among them."""
+
+
+@functools.cache
+def extension() -> _Extension | None:
+    """The compiled pattern.cpp; None without it."""
+    library = native.library()
+    try:
+        found = cast("_Extension", importlib.import_module("._pattern", __package__))
+    except ImportError:
+        return None
+    if library is None:
+        return None
+    found.set_up(
+        *library.addresses,
+        torch._C._len_torch_function_stack,
+        torch._C.DisableTorchFunction,
+        torch.is_grad_enabled,
+    )
+    return found
+
+
+def likeness(values: object, described: object, records: object) -> Likeness | None:
+    """What `values` are like; None where that can't be told.
+
+    values: a tuple of lists or dicts of values, such as the arguments by position and by name.
+    described: a nest with the same tensors, in which `records` (a nest, too) has the record of each.
+    """
+    known = extension()
+    if known is None:
+        return None
+    tensors, of_each = list(_found(described, torch.Tensor)), list(_found(records, TensorRecord))
+    if len(tensors) != len(of_each):  # some lie too deep to be recorded
+        return None
+    waiting: defaultdict[int, list[TensorRecord]] = defaultdict(list)
+    for tensor, record in zip(reversed(tensors), reversed(of_each), strict=True):
+        waiting[id(tensor)].append(record)
+    parts: list[_Part] = []
+    measured: list[TensorRecord] = []
+    dtypes: list[torch.dtype] = []
+    for part, tensor in _parts(values, -2):
+        if part is None or (part.kind is Kind.TENSOR and not waiting[id(tensor)]):
+            return None
+        parts.append(part)
+        if part.kind is Kind.TENSOR:
+            assert tensor is not None
+            measured.append(waiting[id(tensor)].pop())
+            dtypes.append(tensor.dtype)
+    return Likeness(known.Pattern(parts), measured, dtypes)
+
+
+def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor | None]]:
+    """The lines for `value`, with the tensor that one is for. None in place of a line where there can be none."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        yield _tensor(value), value
+        return
+    children = contents(value) if depth < MAX_DEPTH else None
+    if children is None:
+        described = describe(value)
+        by_type = described is not None and all(each is None for key, each in described.items() if key != "type")
+        yield _Part(Kind.TYPE if by_type else Kind.EQUAL, kind, value), None
+        return
+    if isinstance(value, (list, tuple)):
+        yield _Part(Kind.ITEMS, kind, size=len(value)), None
+    else:
+        yield _Part(Kind.KEYS if isinstance(value, dict) else Kind.FIELDS, kind, tuple(children)), None
+    for child in children.values() if isinstance(children, Mapping) else children:
+        yield from _parts(child, depth + 1)
+
+
+def _tensor(tensor: torch.Tensor) -> _Part | None:
+    kind = type(tensor)
+    code = native.CODES.get(tensor.dtype)
+    if kind not in PLAIN or code is None or not tensor.is_cpu:
+        return None
+    if kind is torch.nn.Parameter and not tensor.is_inference():
+        return _Part(Kind.WEIGHT, kind, tensor, requires_grad=tensor.requires_grad)
+    return _Part(Kind.TENSOR, kind, tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape))
+
+
+def _found(nest: Any, kind: type[T]) -> Iterator[T]:
+    """What is of that kind in a nest."""
+    if isinstance(nest, kind):
+        yield nest
+        return
+    children = contents(nest)
+    if children is not None:
+        for child in children.values() if isinstance(children, Mapping) else children:
+            yield from _found(child, kind)
+
+
+def contents(value: Any) -> Sequence[Any] | Mapping[Any, Any] | None:
+    """What is recorded of a value one by one: its items, or by name its fields; None of what is recorded as it is."""
+    if isinstance(value, (list, tuple)) and type(value) is not torch.Size:
+        if hasattr(value, "_fields"):
+            return {name: getattr(value, name) for name in value._fields}
+        return value
+    if isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return None
