@@ -6,11 +6,12 @@ import os
 
 import torch
 
-from msprobe_graph.taps.save_op import files, refuse
+from msprobe_graph.taps.save_op import SAVING, files, refuse
 
 from . import sessions
 
-sessions.register(files, "acl_save")
+for _each in SAVING:
+    sessions.register(_each, "acl_save")
 
 
 def save_tensor(x: torch.Tensor, path: str | os.PathLike[str]) -> torch.Tensor:
