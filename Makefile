@@ -33,13 +33,13 @@ lint: $(VLLM)/.test
 	cd .cache/installed && ../../$(VLLM)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p msprobe_graph
 
 clean:
-	rm -rf $(VLLM) $(MSPROBE) .cache build *.egg-info examples/vllm_cpu/output msprobe_graph/taps/_statistics*.so
+	rm -rf $(VLLM) $(MSPROBE) .cache build *.egg-info examples/vllm_cpu/output msprobe_graph/*/_*.so
 
 $(VLLM)/.vllm: examples/vllm_cpu/install.py
 	$(PYTHON) examples/vllm_cpu/install.py $(VLLM)
 	touch $@
 
-$(VLLM)/.package: $(VLLM)/.vllm pyproject.toml setup.py $(wildcard msprobe_graph/taps/statistics.c)
+$(VLLM)/.package: $(VLLM)/.vllm pyproject.toml setup.py $(wildcard msprobe_graph/*/*.c msprobe_graph/*/*.cpp)
 	$(VLLM)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
 	touch $@
 

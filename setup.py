@@ -35,5 +35,14 @@ setup(
             language="c++",
             optional=True,
         ),
+        # Without it acl_save saves nothing from inside CUDA graphs, and says so.
+        Extension(
+            "msprobe_graph.taps._host_queue",
+            sources=["msprobe_graph/taps/host_queue.cpp"],
+            extra_compile_args=["-O2", "-std=c++17", "-pthread"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        ),
     ],
 )

@@ -54,10 +54,10 @@ def findings(device: torch.device, folder: Path) -> Iterator[Finding]:
         yield from (Finding(way, None, f"{device.type} has no graphs to replay") for way in (graph, inside))
         return
     yield _tried(graph, _replayed, device, folder / "graph")
-    if of(device).host_function is not None or hasattr(torch.ops.npu, "save_npugraph_tensor"):
+    if of(device).saves_in_graphs:
         yield _tried(inside, _saved_in_graph, device, folder / "saved_in_graph")
     else:
-        yield Finding(inside, None, f"torch calls no functions of the host from a stream of {device.type}")
+        yield Finding(inside, None, f"nothing here hands values from a graph of {device.type} to the host")
 
 
 def _tried(way: str, check: Callable[..., str], *arguments: Any) -> Finding:

@@ -6,11 +6,12 @@ import os
 
 import torch
 
-from msprobe_graph.taps.save_op import files, refuse
+from msprobe_graph.taps.save_op import SAVING, files, refuse
 
 from . import sessions
 
-sessions.register(files, "acl_save")
+for _each in SAVING:
+    sessions.register(_each, "acl_save")
 
 
 def save_tensor(x: torch.Tensor, path: str | os.PathLike[str]) -> torch.Tensor:
@@ -29,7 +30,8 @@ def save_tensor(x: torch.Tensor, path: str | os.PathLike[str]) -> torch.Tensor:
     Works in eager code and, with no graph break, in torch.compile under any inner backend; what is exported keeps it.
     The values are copied before this returns; files are written in the background, are there after
     msprobe_graph.flush() and at the exit, and when they take too long to write calls wait. Calls on one path are
-    numbered in the order of the program. Under activation checkpointing what is computed again in the backward is
+    numbered in the order of the program. In a CUDA graph that is being captured this saves at each replay, and the
+    stream of the replay waits in its place. Under activation checkpointing what is computed again in the backward is
     saved again, with the next numbers, in eager code and under backend="eager"; other backends save once. Under
     torch.func.vmap the whole batch is one file, the batch's dimension in front. Compiled code has to put a saved value
     into memory, which can move where Inductor fuses, and in bf16 thus where it rounds.

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -21,6 +22,8 @@ import torch
 from .boundary import Boundary
 
 log = logging.getLogger("msprobe_graph")
+
+T = TypeVar("T")
 
 QUEUED_BYTES = 1 << 30
 """Tensors waiting to be written may take this much memory; then save() waits for the disk."""
@@ -87,24 +90,33 @@ class TensorFiles:
             raise OSError(code, f"acl_save can't write {path!r}: {os.strerror(code)}") from error
         self._numbers.setdefault(stem, 0)
 
+    def attempt(self, path: str, save: Callable[..., T], *args: Any) -> T | None:
+        """What `save` returns. Whatever fails in it is logged once, counted as lost, and goes no further."""
+        return self._boundary.attempt(path, save, *args)
+
     def save(self, path: str, size: int, read: Callable[[], Host]) -> None:
         """Take what `read` returns, `size` bytes, as the next file of `path`; waits while QUEUED_BYTES are taken.
 
         `read` runs before this returns. Whatever fails is logged once, counted in `lost`, and goes no further.
         """
-        self._boundary.attempt(path, self._take, path, size, read)
+        self.attempt(path, self._take, path, size, read)
+
+    def write(self, path: str, read: Callable[[], torch.Tensor]) -> None:
+        """Write what `read` returns, a tensor in host memory, as the next file of `path`, in this thread.
+
+        It waits for nothing but the disk; above all not for what save() has taken, which may wait for a device.
+        Whatever fails is treated as in save().
+        """
+        self.attempt(path, self._write_now, path, read)
 
     def _take(self, path: str, size: int, read: Callable[[], Host]) -> None:
-        stem = _stem(path)
+        file, number = self._next(path)
         with self._lock:
-            number = self._numbers.get(stem, 0)
-            self._numbers[stem] = number + 1
             if self._thread is None:
                 self._start()
         with self._room:
             self._room.wait_for(lambda: self._queued == 0 or self._queued + size <= self._limit)
             self._queued += size
-        file = _file(stem, number)
         host: Host | None = None
         try:
             host = read()
@@ -114,6 +126,23 @@ class TensorFiles:
         finally:
             if host is None:
                 self._release(size)
+
+    def _write_now(self, path: str, read: Callable[[], torch.Tensor]) -> None:
+        file, number = self._next(path)
+        try:
+            tensor = read()
+        except (RuntimeError, OSError) as error:
+            self._lose(file, error)
+        else:
+            self._write(file, number, tensor)
+
+    def _next(self, path: str) -> tuple[Path, int]:
+        """The next file of `path`, and its number."""
+        stem = _stem(path)
+        with self._lock:
+            number = self._numbers.get(stem, 0)
+            self._numbers[stem] = number + 1
+        return _file(stem, number), number
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="msprobe_graph tensor files", daemon=True)
@@ -142,7 +171,7 @@ class TensorFiles:
             if isinstance(job, _Flush):
                 job.done.set()
             else:
-                self._boundary.attempt(str(job.path), self._write, job)
+                self.attempt(str(job.path), self._arrive_and_write, job)
                 size = job.size
                 del job  # its memory goes before the room for it is given away
                 self._release(size)
@@ -152,24 +181,26 @@ class TensorFiles:
             self._queued -= size
             self._room.notify_all()
 
-    def _write(self, job: _File) -> None:
+    def _arrive_and_write(self, job: _File) -> None:
         tensor, arrive = job.host
         arrive()
-        part = _part(job.path)
+        self._write(job.path, job.number, tensor)
+
+    def _write(self, path: Path, number: int, tensor: torch.Tensor) -> None:
+        part = _part(path)
         try:
-            if job.number == 0 and job.path.exists():
+            if number == 0 and path.exists():
                 log.warning(
-                    "acl_save replaces %s, of another run or process; later numbers may be left over from it",
-                    job.path,
+                    "acl_save replaces %s, of another run or process; later numbers may be left over from it", path
                 )
-            job.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(tensor, file)
-            part.replace(job.path)
+            part.replace(path)
         except OSError as error:
-            self._lose(job.path, error)
+            self._lose(path, error)
         except RuntimeError as error:  # torch.save's writer, when the file raised while it was being closed
-            self._lose(job.path, error.__context__ or error)
+            self._lose(path, error.__context__ or error)
 
     def _lose(self, file: Path, error: BaseException) -> None:
         self.lost += 1

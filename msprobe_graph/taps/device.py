@@ -7,15 +7,17 @@ registered as PrivateUse1. `of` gives the adapter of a device; nothing else of o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from msprobe_graph.dump.tensor_files import Host
+from msprobe_graph.dump.tensor_files import Host, TensorFiles
 
-HostFunction = Callable[[Callable[[], None]], None]
-"""Has a function called when the current stream comes to this point, at each replay where that is captured."""
+from . import cuda_graphs
+
+_captured = itertools.count()
 
 
 class Device:
@@ -26,8 +28,11 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.host_function: HostFunction | None = _call
-        """None where torch has no such thing."""
+
+    @property
+    def saves_in_graphs(self) -> bool:
+        """Whether `save_in_graph` has the means that it needs."""
+        return False
 
     def capturing(self) -> bool:
         """Whether what runs now in the current stream only becomes part of a graph."""
@@ -41,6 +46,10 @@ class Device:
         with torch.no_grad():
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor), _arrived
 
+    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
+        """Have the graph that is being captured save `x` under `path` at each replay."""
+        raise NotImplementedError
+
 
 class Accelerator(Device):
     """A device with streams, whose copies to pinned memory wait for nothing."""
@@ -49,7 +58,6 @@ class Accelerator(Device):
         super().__init__(device)
         self._module: Any = torch.get_device_module(device)
         self.captures = hasattr(self._module, "is_current_stream_capturing")
-        self.host_function = None  # CUDA takes functions of C alone
 
     def capturing(self) -> bool:
         return self.captures and bool(self._module.is_current_stream_capturing())
@@ -70,15 +78,45 @@ class Accelerator(Device):
         return copy, self.record().synchronize
 
 
+class Cuda(Accelerator):
+    """NVIDIA's, whose streams call functions of C alone."""
+
+    @property
+    def saves_in_graphs(self) -> bool:
+        return cuda_graphs.saves_in_graphs()
+
+    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
+        cuda_graphs.saves.save(x, functools.partial(files.write, path))
+
+
 class Npu(Accelerator):
     """Ascend's: torch_npu calls functions of Python from a stream, in a thread of its own that has subscribed to it."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.host_function = self._launch if hasattr(self._module, "_launch_host_func") else None
         self._subscribed: set[Any] = set()
         self._functions: list[Callable[[Any], None]] = []
         """Kept alive: a graph may call them as long as it lives."""
+
+    @property
+    def saves_in_graphs(self) -> bool:
+        return self._has_operator() or hasattr(self._module, "_launch_host_func")
+
+    def _has_operator(self) -> bool:
+        return hasattr(torch.ops.npu, "save_npugraph_tensor")
+
+    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
+        """torch_npu's own operator is preferred, because no Python runs for it; the files are called as it has it,
+        after ``<path>.graph<N>.pt`` for the N-th that was captured. Else the values go into memory of this call's own,
+        and from there into the next file of `path`.
+        """
+        if self._has_operator():
+            torch.ops.npu.save_npugraph_tensor(x, save_path=f"{path.removesuffix('.pt')}.graph{next(_captured)}.pt")
+            return
+        slot = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+        with torch.no_grad():
+            slot.copy_(x, non_blocking=True)
+        self._launch(lambda: files.save(path, slot.nbytes, lambda: of(slot.device).to_host(slot)))
 
     def _launch(self, function: Callable[[], None]) -> None:
         stream = self._module.current_stream()
@@ -93,18 +131,13 @@ class Npu(Accelerator):
         self._module._launch_host_func(stream, called, None)
 
 
-_KINDS: dict[str, type[Device]] = {"cpu": Device, "meta": Device, "npu": Npu}
+_KINDS: dict[str, type[Device]] = {"cpu": Device, "meta": Device, "cuda": Cuda, "npu": Npu}
 
 
 @functools.cache
 def of(device: torch.device) -> Device:
     """The adapter of `device`."""
     return _KINDS.get(device.type, Accelerator)(device)
-
-
-def _call(function: Callable[[], None]) -> None:
-    """On the host itself nothing is waited for."""
-    function()
 
 
 def _arrived() -> None:

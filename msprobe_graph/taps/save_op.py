@@ -13,7 +13,6 @@ So code that autograd records calls ``save_effect``, other code ``save``.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from functools import cache
@@ -24,6 +23,7 @@ from torch.fx.node import has_side_effect
 
 from msprobe_graph.dump.tensor_files import TensorFiles
 
+from . import cuda_graphs
 from ._inductor import keep_order
 from .device import of as device_of
 
@@ -32,7 +32,8 @@ log = logging.getLogger("msprobe_graph")
 files = TensorFiles()
 """This process's. An operator is reached by its name alone, from code that was compiled before this process began."""
 os.register_at_fork(after_in_child=files.restart)
-_captured = itertools.count()
+SAVING = (cuda_graphs.saves, files)
+"""What has something to bring to disk, in the order in which it is to be flushed and closed."""
 
 
 def refuse(x: torch.Tensor) -> None:
@@ -56,28 +57,10 @@ def _save(x: torch.Tensor, path: str) -> None:
     device = device_of(x.device)
     if not device.capturing():
         files.save(path, x.numel() * x.element_size(), lambda: device.to_host(x))
-    elif not _save_in_graph(x, path):
+    elif device.saves_in_graphs:
+        files.attempt(path, device.save_in_graph, x, path, files)
+    else:
         _say_captured(x.device)
-
-
-def _save_in_graph(x: torch.Tensor, path: str) -> bool:
-    """Have the graph that is being captured save `x` at each replay; False where its device has no means.
-
-    torch_npu's own operator is preferred, because no Python runs for it; the files are called as it has it, after
-    ``<path>.graph<N>.pt`` for the N-th that was captured. Else the values go into memory of this call's own, and from
-    there into the next file of `path`.
-    """
-    device = device_of(x.device)
-    if x.device.type == "npu" and hasattr(torch.ops.npu, "save_npugraph_tensor"):
-        torch.ops.npu.save_npugraph_tensor(x, save_path=f"{path.removesuffix('.pt')}.graph{next(_captured)}.pt")
-        return True
-    if device.host_function is None:
-        return False
-    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
-    with torch.no_grad():
-        host.copy_(x, non_blocking=True)
-    device.host_function(lambda: files.save(path, host.nbytes, lambda: device_of(host.device).to_host(host)))
-    return True
 
 
 @cache

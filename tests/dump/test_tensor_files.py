@@ -121,6 +121,34 @@ def test_a_tensor_larger_than_the_queue_is_saved(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x_0.pt", "x_1.pt"]
 
 
+def test_what_is_written_at_once_waits_for_nothing_but_the_disk(tmp_path: Path) -> None:
+    """Both ways count together; what was taken before may still have to arrive."""
+    files, arrived = TensorFiles(queued_bytes=8), threading.Event()
+    files.save(f"{tmp_path}/x", 8, lambda: (torch.zeros(2), lambda: None if arrived.wait(30) else pytest.fail("late")))
+    files.write(f"{tmp_path}/x.pt", lambda: torch.ones(2))
+    assert names(tmp_path) == ["x_1.pt"]
+    arrived.set()
+    files.flush()
+    assert [load(tmp_path / f"x_{number}.pt").tolist() for number in range(2)] == [[0, 0], [1, 1]]
+
+
+def test_what_can_not_be_written_at_once_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = TensorFiles()
+
+    def no_memory() -> torch.Tensor:
+        raise RuntimeError("no memory for 8 bytes")
+
+    (tmp_path / "x_0.pt.part").symlink_to("/dev/full")
+    files.write(f"{tmp_path}/x", lambda: torch.zeros(50_000))
+    files.write(f"{tmp_path}/x", no_memory)
+    files.write(f"{tmp_path}/x", lambda: torch.full((1 // 0,), 1))
+    files.write(f"{tmp_path}/x", lambda: torch.ones(2))
+    assert load(tmp_path / "x_3.pt").tolist() == [1, 1]
+    assert "x_0.pt" in caplog.text
+    files.close()
+    assert caplog.records[-1].getMessage() == "acl_save: 3 tensors could not be saved"
+
+
 def test_a_full_disk_is_said_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """/dev/full is a disk without space; what fits elsewhere is still saved, under the number of its call."""
     files = TensorFiles()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from msprobe_graph import acl_save, flush
-from msprobe_graph.taps import Rows
+from msprobe_graph.taps import Rows, cuda_graphs
 from msprobe_graph.taps.device import Device, of
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -42,13 +42,9 @@ def test_outside_of_graphs_nothing_is_captured(device: Device) -> None:
     device.synchronize()
 
 
-def test_a_function_of_the_host_is_called_where_the_device_can(device: Device) -> None:
-    called: list[int] = []
-    assert (device.host_function is not None) == (device.device.type in ("cpu", "npu"))
-    if device.host_function is not None:
-        device.host_function(lambda: called.append(1))
-        device.synchronize()
-        assert called == [1]
+def test_what_saves_in_graphs(device: Device) -> None:
+    saves = {"npu": True, "cuda": cuda_graphs.saves_in_graphs()}
+    assert device.saves_in_graphs == saves.get(device.device.type, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -184,20 +184,6 @@ def test_on_a_device_values_are_those_of_the_stream_at_the_call(tmp_path: Path) 
 
 
 @pytest.mark.gpu
-def test_inside_a_captured_graph_nothing_is_saved_and_it_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    x, graph = torch.zeros(10, device="cuda"), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = x + 1
-        save(y, f"{tmp_path}/x")
-    graph.replay()
-    assert y.tolist() == [1] * 10
-    assert saved(tmp_path / "x") == []
-    assert "saves nothing from inside a graph captured on cuda:0" in caplog.text
-
-
-@pytest.mark.gpu
 def test_inductor_runs_it_between_its_cuda_graphs(tmp_path: Path) -> None:
     compiled = torch.compile(Sine(tmp_path / "x"), mode="reduce-overhead", fullgraph=True)
     inputs = torch.randn(5, 3, device="cuda")
