@@ -7,19 +7,21 @@ was recorded; a value that was measured already in this step, and has not change
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
 
 from msprobe_graph.config import Settings, Slice
 from msprobe_graph.dump.encode import describe
-from msprobe_graph.dump.records import Entry, Hole, Request, Shared, Step, TensorRecord
+from msprobe_graph.dump.records import FULL, Entry, Hole, Request, Shared, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
 from .checksum import crc32, xor_checksum
+from .copied import Copied, CopiedInStep
 from .measured import Known, Measured
 from .padding import Padding
 from .replayed import ReplayedCall, ReplayedValue, ReplayInStep
@@ -66,6 +68,7 @@ class Recorder:
         self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}
         self._shared: list[Shared] = []
+        self._copied: defaultdict[RowsInGraphs, list[Copied]] = defaultdict(list)
         self.replays: list[ReplayedCall] = []
         """The calls that CUDA graphs may have replayed as a whole."""
         self._replayed_now: ReplayedCall | None = None
@@ -81,19 +84,22 @@ class Recorder:
 
     def seal(self, finished: bool) -> None:
         """See `Rows.seal`; to be called before `as_step`."""
-        self._rows.seal(finished)
+        self._rows.seal(finished, [call.graph for call in self.replays])
 
     def as_step(
         self, finished: bool, expected: int, captured: int, late: Sequence[Entry], holes: Sequence[Hole]
     ) -> Step:
         """The step as it stands; `late` entries and `holes` are those that only its end tells."""
+        rows = self._rows
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
-            rows=self._rows if self._measures else None,
+            rows=rows if self._measures else None,
             records=dict(self._records),
             shared=list(self._shared),
-            replays=[ReplayInStep(call, self._rows.arrival(call.graph)) for call in self.replays] if finished else [],
+            replays=[ReplayInStep(call, rows.arrival(call.graph)) for call in self.replays] if finished else [],
+            copies=[CopiedInStep(self._number, values, rows.arrival(graph)) for graph, values in self._copied.items()],
+            arriving=rows.arriving,
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             graphs={graph: describe_graph() for graph, describe_graph in self.graphs.items()},
@@ -161,7 +167,14 @@ class Recorder:
             self._replayed_now.values.append(ReplayedValue(record, slots, dtype))
         return record
 
-    def view_of(self, record: TensorRecord, shape: tuple[int | None, ...]) -> TensorRecord:
+    def copied(self, graph: RowsInGraphs, value: Copied) -> None:
+        """Have files made of a value that a CUDA graph copies when it is replayed."""
+        self._rows.want_copies(graph, value.slots)
+        self._copied[graph].append(value)
+        if self._replayed_now is not None:
+            self._replayed_now.saved = True
+
+    def view_of(self, record: TensorRecord, shape: tuple[int | None, ...] | Literal["same"]) -> TensorRecord:
         """The record of all elements of another one's value, in a shape of which one size may be open."""
         view = TensorRecord("torch.Tensor", record.dtype, None, None, None, None, None, False)
         self._shared.append((record, view, shape))
@@ -233,7 +246,7 @@ class Recorder:
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         saved = self._writer.save(self._number, name, copy)
         if saved is None:
-            self.holes.append(Hole(name, "not saved: the dump has reached max_bytes"))
+            self.holes.append(Hole(name, FULL))
             return False
         if known is not None:
             known.saved = saved
