@@ -280,11 +280,15 @@ def copy_listed(
             t1 = tl.load(entry + 11)
             t2 = tl.load(entry + 12)
             t3 = tl.load(entry + 13)
-            for start in range(begin, end, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                inside = at < end
-                found = _read(pointer, None, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
-                tl.store(copy + at, found, mask=inside)
+            lanes = tl.arange(0, BLOCK)
+            whole = begin + (end - begin) // BLOCK * BLOCK
+            for start in range(begin, whole, BLOCK):
+                found = _read(pointer, None, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + start + lanes, found)
+            if whole < end:
+                inside = whole + lanes < end
+                found = _read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + whole + lanes, found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["index", "address", "inner", "copy", *_SCALARS])
