@@ -193,6 +193,25 @@ def test_what_is_not_to_be_saved_takes_no_room(tmp_path: Path, settings: dict[st
         assert all(name.startswith("Module.0.last.") for name in files(found))
 
 
+def test_where_names_are_not_known_yet_all_is_copied(tmp_path: Path) -> None:
+    def captured_first(debugger: PrecisionDebugger) -> None:
+        compiled = compiled_model(NAME)
+        x, graph = torch.zeros(ROWS, 8, device=NAME), DEVICE.Graph()
+        compiled(x)
+        with DEVICE.graph(graph):
+            compiled(x)
+        x.copy_(batch(0))
+        with debugger.start(compiled):
+            graph.replay()
+
+    settings: dict[str, Any] = {"level": "L0", "tensor": {"list": ["Module.0.last."]}}
+    (here,) = dumped(tmp_path / "graph", captured_first, **settings)
+    torch._dynamo.reset()
+    there, *_ = dumped(tmp_path / "plain", plain, **settings)
+    assert files(here) == files(there)
+    assert files(here)
+
+
 def test_max_bytes_is_heeded(tmp_path: Path) -> None:
     _, *here = dumped(tmp_path, replayed, level="L0", max_bytes=70_000)  # of which the first step takes 60,000
     for step in here:
