@@ -28,7 +28,7 @@ def compiler_at_work() -> bool:
     return getattr(torch._guards._TLS, "tracing_context", None) is not None
 
 
-def on_stack(mode: TorchFunctionMode) -> bool:
+def on_stack(mode: object) -> bool:
     """Whether `mode` is on this thread's stack of function modes."""
     height = torch._C._len_torch_function_stack()
     at = torch._C._get_function_stack_at

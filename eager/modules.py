@@ -121,7 +121,8 @@ class ModuleTap:
                 name, save = entry.name, selection.saves(entry.name)
                 entry.parts["output"] = context.values(spread(output), f"{name}.output", save)
                 entry.parts["parameters"] = context.parameters(module, f"{name}.parameters", save)
-                returned, parts = (spread(output), module._parameters), (entry.parts["output"], entry.parts["parameters"])
+                returned = spread(output), module._parameters
+                parts = entry.parts["output"], entry.parts["parameters"]
                 self._keep(call, entry, call.inputs, context.recorder.likeness(returned, returned, parts))
             context.recorder.entries[entry.name] = entry
         if call.edges is not None:

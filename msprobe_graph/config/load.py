@@ -101,7 +101,8 @@ def load_settings(
         risk_level=top.risk_level,
         custom_op_namespaces=top.custom_op_namespaces,
         operators=_operators(top.operators, where),
-        max_bytes=_bytes(top.max_bytes, where),
+        max_bytes=_bytes(top.max_bytes, where, "max_bytes"),
+        graph_copy_bytes=_bytes(top.graph_copy_bytes, where, "graph_copy_bytes"),
         max_steps=top.max_steps,
         keep_last=top.keep_last,
         flush_on=_flush_on(top, block, where),
@@ -202,14 +203,14 @@ def _numbers(written: tuple[int | str, ...], where: str, key: str) -> frozenset[
     return frozenset(numbers)
 
 
-def _bytes(written: int | str | None, where: str) -> int | None:
+def _bytes(written: int | str | None, where: str, key: str) -> int | None:
     if not isinstance(written, str):
         return written
     text = written.strip()
     unit = text.lstrip("0123456789. ")
     value = int(Decimal(text.removesuffix(unit)) * _UNITS[unit.removesuffix("B").lower()])
     if value < 1:
-        raise _wrong(ConfigFile, where, "max_bytes", written)
+        raise _wrong(ConfigFile, where, key, written)
     return value
 
 

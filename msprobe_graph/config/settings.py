@@ -278,6 +278,17 @@ class ConfigFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "four fifths of what the disk has free; with keep_last no more than half of the free memory",
         ),
     ] = None
+    graph_copy_bytes: Annotated[
+        Annotated[int, Meta(ge=1)]
+        | Annotated[str, Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([kKMGTP]i?)?B?\s*$")]
+        | None,
+        _doc(
+            'a number of bytes of at least 1, written as in max_bytes ("4GiB")',
+            "Where tensors are saved inside CUDA graphs: the device's memory for copies of them, taken when the first "
+            "graph is compiled. What has no room there is a hole in the manifest.",
+            "2GiB, or a quarter of the device's free memory where that is less",
+        ),
+    ] = None
     max_steps: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         _doc(
@@ -343,6 +354,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     operators: OperatorChanges
     max_bytes: int | None
     """In bytes; None: the writer looks at what disk and memory have free."""
+    graph_copy_bytes: int | None
+    """In bytes; None: it is seen what the device has free."""
     max_steps: int | None
     """None: no limit."""
     keep_last: int | None

@@ -25,6 +25,7 @@ from msprobe_graph.eager._compat import compiled_inside
 from msprobe_graph.eager.capture import EagerCapture
 from msprobe_graph.eager.context import Context
 from msprobe_graph.graph.replay import Replays
+from msprobe_graph.graph.saving import Saving
 from msprobe_graph.graph.watch import Watch
 from msprobe_graph.taps.padding import Padding
 from msprobe_graph.taps.recorder import Recorder
@@ -58,7 +59,8 @@ class Session:
         self.boundary = Boundary()
         """Where failures of this capture end."""
         plain = not settings.slice and settings.summary_mode == "statistics"
-        self.replays = Replays(self.boundary, follows=plain)
+        saves = settings.task == "tensor" or bool(settings.tensor_list)
+        self.replays = Replays(self.boundary, plain, Saving(settings, self.operators) if saves else None)
         """Follows what is replayed as a CUDA graph."""
         self.sharding: dict[str, Any] = {}
         """See `Provenance.sharding`; to be told before the first step."""
@@ -284,6 +286,8 @@ class Session:
             self._recorder.begin(self.step)
             self.capture = EagerCapture(self.settings, self._recorder, self.boundary, self.operators)
             self.capture.begin_step(self.step)
+            if self.replays.saving is not None:
+                self.replays.saving.paths = self.capture.context.paths
             if "signal" in self.settings.flush_on:
                 self._unwatch_signal = user_signal.watch(partial(self.fire, "signal"))
         return self._recorder, self.capture

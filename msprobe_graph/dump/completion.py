@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .encode import complete, refuse, share
+from .encode import complete, entry_lines, refuse, share
 from .records import NOT_REPLAYED, OVERRUN, Block, Hole, Step
+from .saved import Sink
 
 
-def complete_step(step: Step) -> None:
-    """Fill in all records. The entries of what was replayed come to stand in front of the others."""
+def complete_step(step: Step, sink: Sink) -> None:
+    """Fill in all records, and give `sink` the files that come of them. The entries of what was replayed come to stand
+    in front of the others."""
     _fill_in(step)
     blocks = [block for replay in step.replays if (block := replay.complete()) is not None]
-    _add(blocks, step)
+    _add(blocks, step, sink)
     step.entries[:0] = [entry for block in blocks for entry in block.entries]
     step.measured += [record for block in blocks for record in block.measured]
 
 
-def encode_step(step: Step) -> None:
-    """The same for a step that is written at once: what was replayed is encoded, without its records (`blocks`)."""
+def encode_step(step: Step, sink: Sink) -> None:
+    """The same for a step that is written at once: what was replayed is encoded (`blocks`), as a rule without its
+    records."""
     _fill_in(step)
-    step.blocks = [block for replay in step.replays if (block := replay.encode()) is not None]
-    _add(step.blocks, step)
+    blocks = [block for replay in step.replays if (block := replay.encode()) is not None]
+    _add(blocks, step, sink)
+    step.blocks = [
+        block if block.lines is not None else block._replace(lines=entry_lines(block.entries)) for block in blocks
+    ]
 
 
 def _fill_in(step: Step) -> None:
@@ -43,7 +49,10 @@ def _fill_in(step: Step) -> None:
     step.measured = [*step.records.values(), *(other for _, other, _ in step.shared)]
 
 
-def _add(blocks: Iterable[Block], step: Step) -> None:
+def _add(blocks: Iterable[Block], step: Step, sink: Sink) -> None:
     for block in blocks:
         step.holes += block.holes
         step.graphs.update(block.graphs)
+    for copies in step.copies:
+        step.holes += copies.save(sink)
+    step.rows, step.replays, step.copies = None, [], []  # and the memory in which it all came

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -63,13 +63,15 @@ def refuse(record: TensorRecord, reason: str) -> None:
     record.finite_Max = record.finite_Min = record.finite_Mean = record.finite_Norm = msgspec.UNSET
 
 
-def share(measured: TensorRecord, other: TensorRecord, shape: tuple[int | None, ...] | None = None) -> None:
+def share(
+    measured: TensorRecord, other: TensorRecord, shape: tuple[int | None, ...] | Literal["same"] | None = None
+) -> None:
     """Give `other`, of the same values, the statistics of a record that is complete, and its own `shape` if one is
     given: a size that is open (None) follows from the number of elements."""
     other.reason = measured.reason
     if shape is not None:
-        other.shape = None
-    if measured.shape is not None and shape is not None:
+        other.shape = measured.shape if shape == "same" else None
+    if measured.shape is not None and shape is not None and shape != "same":
         known = math.prod(size for size in shape if size is not None)
         open_size = math.prod(measured.shape) // known if known else 0
         other.shape = tuple(open_size if size is None else size for size in shape)

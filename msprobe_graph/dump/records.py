@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from .saved import Sink
+
 
 class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
     """A tensor, as a tap has read it and as dump.json holds it. A tap leaves the statistics open; the writer fills
@@ -118,6 +120,9 @@ NOT_REPLAYED = "no graph that computes it was replayed in this step"
 OVERRUN = "graphs that compute them were replayed more than once in this step; the statistics are of the last time"
 
 
+FULL = "not saved: the dump has reached max_bytes"
+
+
 class Replayed(msgspec.Struct, frozen=True, gc=False):
     """What only the device can tell of a value that a replayed graph has measured."""
 
@@ -165,7 +170,7 @@ class RowSource(Protocol):
         would have was not replayed. May wait for a device."""
 
 
-Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | None"]
+Shared = tuple[TensorRecord, TensorRecord, "tuple[int | None, ...] | Literal['same'] | None"]
 """A record, another one with the same values, and the shape of that if it is still to be found out: see
 `encode.share`."""
 
@@ -180,7 +185,7 @@ class Block(NamedTuple):
     graphs: Mapping[int, dict[str, Any]]
     """As `Step.graphs`."""
     lines: bytes | None = None
-    """What dump.json holds of them, if that was asked for: then their records are not filled in."""
+    """What dump.json holds of them, where that is known without filling in their records."""
 
 
 class Replay(Protocol):
@@ -191,7 +196,15 @@ class Replay(Protocol):
         """With all records filled in; None if it was not replayed."""
 
     def encode(self) -> Block | None:
-        """The same with `lines` in place of the records."""
+        """The same with `lines` in place of the records, but where files are still to be told in these."""
+
+
+class Copies(Protocol):
+    """Values that CUDA graphs may have copied in a step."""
+
+    def save(self, sink: Sink) -> Sequence[Hole]:
+        """Make files of those that were, and tell their names in the records, which are complete but for that. What
+        can't be saved is a hole."""
 
 
 class Alike(Protocol):
@@ -218,6 +231,10 @@ class Step(msgspec.Struct):
     """What was replayed stands before all entries, in this order."""
     blocks: list[Block] = []
     """What the replays have turned out to be, where they are encoded already."""
+    copies: list[Copies] = []
+    """Of these, files are made when all records are complete."""
+    arriving: int = 0
+    """Bytes of the host's memory that the copies take until the step is complete."""
     holes: list[Hole] = []
     requests: list[Request] = []
     graphs: dict[int, dict[str, Any]] = {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from .budget import Budget
 from .completion import complete_step
 from .records import Flushed, Step
 from .ring import Ring
-from .saved import File
+from .saved import File, same_files
 from .step_files import StepFiles
 
 log = logging.getLogger("msprobe_graph")
@@ -32,7 +34,7 @@ class RingFiles:
         """Keep a step that is finished."""
         if not step.finished:
             return
-        complete_step(step)
+        complete_step(step, self)
         ring = self._ring
         fired = ring.end(step)
         while len(ring.kept) > ring.keep_last:
@@ -43,6 +45,16 @@ class RingFiles:
     def take_file(self, file: File) -> None:
         """Keep a file of the step that runs."""
         self._ring.hold(file)
+
+    def keep(self, step: int, names: Sequence[str], value: torch.Tensor) -> bool:
+        """See `saved.Sink`."""
+        if not self._budget.has(value.nbytes):
+            self.make_room(value.nbytes)
+        if not self._budget.take(value.nbytes, kept=True):
+            return False
+        for file in same_files(step, names, value):
+            self._ring.hold(file)
+        return True
 
     def drop(self, step: int) -> None:
         """Forget the files of `step`, which runs."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -48,3 +50,17 @@ class File(msgspec.Struct, eq=False):
     saved: Saved
     queued: int = 0
     """Bytes that wait in the writer's queue because of this file."""
+
+
+def same_files(step: int, names: Sequence[str], value: torch.Tensor) -> list[File]:
+    """Files of one tensor, whose memory holds nothing else."""
+    saved = Saved(value, value.nbytes, _wanted=len(names))
+    return [File(step, name, saved) for name in names]
+
+
+class Sink(Protocol):
+    """Where the files of a step go."""
+
+    def keep(self, step: int, names: Sequence[str], value: torch.Tensor) -> bool:
+        """Take a tensor, whose memory holds nothing else, as files of a step that is about to be taken. False when it
+        is not taken because max_bytes leaves no room."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .encode import SameAgain, document, entry_lines, lines
 from .folder import TENSOR_FOLDER, step_folder, write_folder, write_whole
 from .manifest import Manifests, Provenance
 from .records import Hole, Step
-from .saved import File
+from .saved import File, same_files
 from .stack import Stacks
 
 log = logging.getLogger("msprobe_graph")
@@ -51,11 +52,19 @@ class StepFiles:
 
     def take_step(self, step: Step) -> None:
         """Complete a step and write it."""
-        encode_step(step)
+        encode_step(step, self)
         self.write(step)
 
     def take_file(self, file: File) -> None:
         self.write(file)
+
+    def keep(self, step: int, names: Sequence[str], value: torch.Tensor) -> bool:
+        """See `saved.Sink`."""
+        if not self._budget.take(value.nbytes, kept=False):
+            return False
+        for file in same_files(step, names, value):
+            self.write(file)
+        return True
 
     def drop(self, step: int) -> None:
         """Remove what there is of a step."""

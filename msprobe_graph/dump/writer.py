@@ -99,7 +99,7 @@ class Writer:
         if not self.budget.take(size, kept=self._ring is not None):
             return None
         with self._room:
-            self._room.wait_for(lambda: self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES)
+            self._room.wait_for(lambda: self._has_room(size))
             self._queued_bytes += size
         saved = Saved(value, size)
         self._jobs.put(File(step, name, saved, queued=size))
@@ -131,9 +131,11 @@ class Writer:
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has
         no use for it."""
+        size = step.arriving
         with self._room:
-            self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS)
+            self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS and self._has_room(size))
             self._queued_steps += 1
+            self._queued_bytes += size
         self._jobs.put(step)
 
     def drop(self, step: int) -> None:
@@ -161,6 +163,10 @@ class Writer:
         self.flush()
         if self._ring is not None:
             self._ring.close()
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more may wait to be written."""
+        return size == 0 or self._queued_bytes == 0 or self._queued_bytes + size <= QUEUED_BYTES
 
     def _drain(self, room: int = 0) -> None:
         done = threading.Event()
@@ -197,6 +203,7 @@ class Writer:
         with self._room:
             if isinstance(job, Step):
                 self._queued_steps -= 1
+                self._queued_bytes -= job.arriving
             elif isinstance(job, File):
                 self._queued_bytes -= job.queued
                 if self.files.failed is not None:

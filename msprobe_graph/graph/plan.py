@@ -178,6 +178,11 @@ class Plan(msgspec.Struct):
     holes: list[str] = []
     """What could not be learned of the graph, one sentence each."""
 
+    @property
+    def columns(self) -> dict[int, tuple[int, Part]]:
+        """By the id of a part that has all rows (dimension 0) of another value: the id of that one, and which part."""
+        return {part.id: (whole, part) for whole, parts in self.parts.items() for part in parts if part.dim}
+
     def with_parts(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """`values`, by id, and their parts."""
         found: dict[int, torch.Tensor] = {}

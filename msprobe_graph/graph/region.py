@@ -15,9 +15,10 @@ from msprobe_graph.eager._compat import unseen
 from msprobe_graph.eager.context import Context
 
 from ._compat import compiled_node
-from .entries import Entries, Named
+from .entries import Entries
 from .exact import REASONS
 from .handoff import Compiled
+from .numbered import Named
 from .options import GraphOptions
 from .plan import Plan
 from .replay import Frame, Frames, Recorded
@@ -146,6 +147,7 @@ class Listener:
         """`captured`: the call itself is, not only what happens inside."""
         self._region = region
         self._frame = region.frames.of_round()
+        self._saved = region.replays.saved(region.plan, inputs)
         if captured:
             plan, frame = region.plan, self._frame
             lasting = {position for position, each in enumerate(inputs) if isinstance(each, torch.nn.Parameter)}
@@ -169,7 +171,7 @@ class Listener:
 
     def _measure(self, values: Mapping[int, Any]) -> None:
         with unseen():
-            self._frame.measure(self._region.plan.with_parts(values), self._region.replays.padded)
+            self._frame.measure(self._region.plan, values, self._region.replays.padded, self._saved)
 
 
 class Invocation:
@@ -230,7 +232,7 @@ class Invocation:
                 seen = dict(zip(ids, values, strict=True))
                 padding = self._context.recorder.padding
                 padded = None if padding is None else padding.padded
-                self._frame.measure(self._region.plan.with_parts(seen), padded)
+                self._frame.measure(self._region.plan, seen, padded, self._entries.saved)
                 return
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,12 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.eager._compat import plainly, unseen
 from msprobe_graph.taps.device import Accelerator
 from msprobe_graph.taps.device import of as device_of
+from msprobe_graph.taps.graph_copies import GraphCopies
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 from msprobe_graph.taps.rows import has_triton
+
+from .plan import Part, Plan
+from .saving import Saving
 
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from msprobe_graph.taps.replayed import ReplayedCall
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
-    from .entries import Named
+    from .numbered import Named
     from .region import Region
 
 
@@ -50,8 +54,9 @@ class Recorded:
     def of(
         cls, call: ReplayedCall, named: Sequence[Named], lasting: Collection[torch.Tensor], context: Context
     ) -> Recorded | None:
-        """None where the next step may differ: calls are chosen by what went before, or records are kept."""
-        if not (context.selection.everything and context.recorder.repeats):
+        """None where the next step may differ: calls are chosen by what went before, or records are kept, or files of
+        the step are made, weights' among them."""
+        if context.selection.saves_any or not (context.selection.everything and context.recorder.repeats):
             return None
         modules = (context.paths.module(each.module) for each in named)
         weights = {
@@ -87,6 +92,8 @@ class Frame:
         self.slots: defaultdict[int, list[Slot]] = defaultdict(list)
         """By value id. More than one where graphs of several sizes can't share it."""
         self.dtypes: dict[int, torch.dtype] = {}
+        self._within: dict[int, tuple[int, Part]] = {}
+        """By the id of a value that is saved from the copy of another one: the id of that one, and which part."""
         self.lasting: dict[int, torch.Tensor] = {}
         """By position: the region's inputs that are parameters. None of them unless the call itself was captured."""
         self.whole = False
@@ -97,14 +104,28 @@ class Frame:
         self.recorded: Recorded | None = None
         """What an earlier step has recorded of it, once one has."""
 
-    def measure(self, values: Mapping[int, torch.Tensor], padded: int | None) -> None:
-        """Have the graph that is being captured measure values, by id. `padded`: see `GraphRows.measure`."""
-        chosen = {id: value for id, value in values.items() if self.rows.takes(value)}
-        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded)
+    def measure(
+        self, plan: Plan, values: Mapping[int, torch.Tensor], padded: int | None, saved: Collection[int]
+    ) -> None:
+        """Have the graph that is being captured measure values of a plan, by id, and their parts, and copy those that
+        are `saved`. `padded`: see `RowsInGraphs.measure`."""
+        chosen = {id: value for id, value in plan.with_parts(values).items() if self.rows.takes(value)}
+        within = {id: found for id, found in plan.columns.items() if found[0] in chosen and found[0] in saved}
+        self._within.update((id, found) for id, found in within.items() if id in chosen)
+        copied = [position for position, id in enumerate(chosen) if id in saved and id not in within]
+        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded, copied)
         for (id, value), slot in zip(chosen.items(), taken, strict=True):
             self.dtypes[id] = value.dtype
             if slot not in self.slots[id]:
                 self.slots[id].append(slot)
+
+    def source(self, id: int) -> tuple[Sequence[Slot], Callable[[torch.Tensor], torch.Tensor]]:
+        """Where a value is copied, and what gives it out of the copy there."""
+        if id not in self._within:
+            return self.slots[id], lambda copy: copy
+        whole, part = self._within[id]
+        slots, outer = self.source(whole)
+        return slots, lambda copy: part.of(outer(copy))
 
 
 class Frames:
@@ -168,10 +189,12 @@ class Frames:
 class Replays:
     """What one capture knows of CUDA graphs."""
 
-    def __init__(self, boundary: Boundary, follows: bool = True) -> None:
-        """`follows`: False where what is wanted of values is more than a graph can measure (slices, checksums)."""
+    def __init__(self, boundary: Boundary, follows: bool = True, saving: Saving | None = None) -> None:
+        """`follows`: False where what is wanted of values is more than a graph can measure (slices, checksums).
+        `saving`: None where no tensors are saved."""
         self.boundary = boundary
         self.follows = follows
+        self.saving = saving
         self.regions: list[weakref.ref[Region]] = []
         """Those that may be captured."""
         self.listening = False
@@ -195,7 +218,7 @@ class Replays:
         if device.index is None:
             device = torch.device(device.type, torch.get_device_module(device).current_device())
         if device not in self._rows:
-            made = self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device)
+            made = self._rows[device] = self.boundary.attempt("CUDA graphs", _graph_rows, device, self.saving)
             if made is not None:
                 made.switch(*self._switched)
         return self._rows[device]
@@ -205,6 +228,16 @@ class Replays:
         that all rounds share their frames."""
         self._round += 1
         self._padded = padded
+        if self.saving is not None:
+            self.saving.begin()
+
+    def saved(self, plan: Plan, inputs: Sequence[Any]) -> Collection[int]:
+        """The values of a graph, by id, that are to be saved of a call that begins now, while nobody records it."""
+        if self.saving is None:
+            return ()
+        if not self.listening:  # nobody tells rounds
+            self.saving.begin()
+        return self.saving.values(plan, inputs)
 
     @property
     def padded(self) -> int | None:
@@ -243,11 +276,12 @@ class Replays:
                     self.boundary.attempt("CUDA graphs", region.replayed, context, frame)
 
 
-def _graph_rows(device: torch.device) -> RowsInGraphs:
+def _graph_rows(device: torch.device, saving: Saving | None) -> RowsInGraphs:
+    adapter = device_of(device)
+    assert isinstance(adapter, Accelerator)
+    copies = None if saving is None else GraphCopies(adapter, saving.most_bytes)
     if device.type == "cuda" and has_triton():
         from msprobe_graph.taps.graph_rows import GraphRows
 
-        return GraphRows(device)
-    adapter = device_of(device)
-    assert isinstance(adapter, Accelerator)
-    return PlainGraphRows(adapter)
+        return GraphRows(device, copies)
+    return PlainGraphRows(adapter, copies)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import is_
+from typing import TYPE_CHECKING
+
+import torch
 
 from msprobe_graph.dump.encode import complete, entry_lines, reset
-from msprobe_graph.dump.records import Entry
+from msprobe_graph.dump.records import Entry, TensorRecord
 from msprobe_graph.dump.template import Template, fills
 
+from .arrival import WORDS
 from .likeness import Likeness
 from .marks import Marks
 from .statistics import EMPTY, ROW, read_row
+
+if TYPE_CHECKING:
+    from .launches import LaunchedRows
 
 Calls = Sequence[tuple[Likeness, int]]
 """Likenesses, each with the number of the first of its records' rows."""
@@ -30,30 +37,40 @@ class LastText:
 class AlikeInStep:
     """One step's calls that are like those of earlier steps: a `dump.records.Alike`."""
 
-    def __init__(self, rows: bytes, calls: Calls, last: LastText) -> None:
-        """`rows` as `statistics.ROW` has them; `last` is shared by all steps, and used in the writer's thread only."""
+    def __init__(self, rows: bytes, launched: LaunchedRows | None, calls: Calls, last: LastText) -> None:
+        """`rows` as `statistics.ROW` has them, and those on a GPU; `last` is shared by all steps, and used in the
+        writer's thread only."""
         self._rows = rows
+        self._launched = launched
         self._calls = calls
         self._last = last
 
     def encode(self, entries: Sequence[Entry]) -> bytes:
         last = self._last
+        words = self._rows if self._launched is None else self._rows + self._launched.words()
         if fills() and self._same_entries(entries):
             if last.template is None:
                 last.template = self._template(entries)
-            address = ctypes.cast(ctypes.c_char_p(self._rows), ctypes.c_void_p).value
+            address = ctypes.cast(ctypes.c_char_p(words), ctypes.c_void_p).value
             assert address is not None
             text = last.template.fill(address)
             if text is not None:
                 return text
         else:
             last.entries, last.calls, last.template = entries, self._calls, None
+        for record, dtype, shape, word in self._measured():
+            reset(record, shape)
+            complete(record, read_row(ROW.unpack_from(words, 8 * word), dtype))
+        return entry_lines(entries)
+
+    def _measured(self) -> Iterator[tuple[TensorRecord, torch.dtype, tuple[int, ...], int]]:
+        """The records, and where among the words the row of each begins: behind the CPU's rows are the GPU's."""
         for likeness, first in self._calls:
+            on_cpu = likeness.device.type == "cpu"
+            begin, size = (0, ROW.size // 8) if on_cpu else (len(self._rows) // 8, WORDS)
             for row, (record, dtype) in enumerate(zip(likeness.records, likeness.dtypes, strict=True), first):
                 assert record.shape is not None
-                reset(record, record.shape)
-                complete(record, read_row(ROW.unpack_from(self._rows, row * ROW.size), dtype))
-        return entry_lines(entries)
+                yield record, dtype, record.shape, begin + row * size
 
     def _same_entries(self, entries: Sequence[Entry]) -> bool:
         """Whether they are the last step's, and have their values in the same rows."""
@@ -67,12 +84,10 @@ class AlikeInStep:
 
     def _template(self, entries: Sequence[Entry]) -> Template:
         marks = Marks()
-        for likeness, first in self._calls:
-            for row, (record, dtype) in enumerate(zip(likeness.records, likeness.dtypes, strict=True), first):
-                assert record.shape is not None
-                reset(record, record.shape)
-                if 0 in record.shape:
-                    complete(record, EMPTY)
-                else:
-                    marks.put(record, dtype, row * (ROW.size // 8))
+        for record, dtype, shape, word in self._measured():
+            reset(record, shape)
+            if 0 in shape:
+                complete(record, EMPTY)
+            else:
+                marks.put(record, dtype, word)
         return marks.template(entries)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import struct
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from msprobe_graph.dump.records import Replayed, Statistics
@@ -36,12 +38,26 @@ class Slot(NamedTuple):
     """For so many parts."""
 
 
+class Place(msgspec.Struct, eq=False):
+    """Where the copies of a value lie: see `graph_copies.GraphCopies`."""
+
+    begin: int
+    """In bytes, as all here."""
+    size: int
+    row: int
+    """Of a row of the batch; 0: not all values that are copied there are one."""
+
+
 class Shape(NamedTuple):
     """What a value was when a graph was captured."""
 
     shape: tuple[int, ...]
     batch: bool
     """Its first dimension is the batch's, padding included."""
+    copied: bool = False
+    """The graph was to copy it, too."""
+    place: Place | None = None
+    """Where it does; None where there was no room."""
 
     @classmethod
     def of(cls, value: torch.Tensor, padded: int | None) -> Shape:
@@ -59,15 +75,45 @@ class Written(NamedTuple):
     fired: int
     """How often the value was measured in the step; the row is that of the last time."""
     shape: tuple[int, ...]
+    captured: Shape
+    """What the value was when the graph was captured that was replayed."""
 
     def statistics(self, dtype: torch.dtype) -> Statistics:
         return read_row(ROW.unpack(self.row), dtype, Replayed(self.shape, self.fired))
 
 
+class HostCopies:
+    """What graphs have copied, on its way to the host."""
+
+    def __init__(self, host: torch.Tensor, found: Mapping[int, tuple[int, int]], room: int) -> None:
+        """found: by where a place begins: where in `host` its bytes are, and the first of them that is there.
+        room: how many bytes the copies of a device may take."""
+        self.host = host
+        self.room = room
+        self._found = found
+
+    def values(self, place: Place, first: int, last: int) -> torch.Tensor | None:
+        """The bytes of a place, from the first up to but without the last. None if they were not brought."""
+        if place.begin not in self._found:
+            return None
+        at, begin = self._found[place.begin]
+        return self.host[at + first - begin : at + last - begin]
+
+
 class Arrival:
     """The slots of one step on their way to the host."""
 
-    def __init__(self, host: torch.Tensor, event: Event, shapes: Sequence[Shape], rows: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        host: torch.Tensor,
+        event: Event,
+        shapes: Sequence[Shape],
+        rows: tuple[int, int],
+        copies: HostCopies | None = None,
+    ) -> None:
+        """`event`: all is there, `copies`, too."""
+        self.copies = copies
+        """None where nothing was to be copied."""
         self._host = host
         self._event = event
         self._shapes = shapes
@@ -76,6 +122,17 @@ class Arrival:
     def first(self, slots: Iterable[Slot]) -> Written | None:
         """The first of the slots that was written; None if none was. Waits for the GPU."""
         return next((found for slot in slots if (found := self._slot(slot)) is not None), None)
+
+    def copy(self, written: Written, dtype: torch.dtype) -> torch.Tensor | None:
+        """The value that was measured last, where it was copied: a tensor of its shape, in memory that others are in,
+        too. None where it was not."""
+        shape, batch, _, place = written.captured
+        if place is None or self.copies is None:
+            return None
+        begin, end = self._rows
+        first = begin * math.prod(shape[1:]) * dtype.itemsize if batch and end >= 0 else 0
+        values = self.copies.values(place, first, first + math.prod(written.shape) * dtype.itemsize)
+        return None if values is None else values.view(dtype).reshape(written.shape)
 
     @functools.cached_property
     def kind(self) -> Hashable:
@@ -102,8 +159,9 @@ class Arrival:
         row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
         if not fired:
             return None
-        shape, batch = self._shapes[tag]
+        captured = self._shapes[tag]
+        shape = captured.shape
         begin, end = self._rows
-        if batch and end >= 0:
+        if captured.batch and end >= 0:
             shape = (max(min(shape[0], end) - begin, 0), *shape[1:])
-        return Written(slot.number * WORDS, row, fired, shape)
+        return Written(slot.number * WORDS, row, fired, shape, captured)

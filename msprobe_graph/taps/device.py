@@ -65,6 +65,11 @@ class Accelerator(Device):
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.device)
 
+    def free_memory(self) -> int | None:
+        """Bytes of the device's memory that nothing has taken; None where it doesn't tell."""
+        ask = getattr(self._module, "mem_get_info", None)
+        return None if ask is None else int(ask(self.device)[0])
+
     def record(self) -> torch.Event:
         """An event at this point of the current stream."""
         event = torch.Event(self.device)

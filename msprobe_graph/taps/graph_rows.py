@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
+import triton.language as tl
 
 from . import triton_kernels as kernels
 from .arrival import WORDS, Arrival, Shape, Slot
+from .graph_copies import GraphCopies
 from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -16,13 +18,17 @@ ROWS = 1 << 20
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
 FINISHING_WARPS = 2
+WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
+"""What an element of so many bytes is copied as."""
 
 
 class GraphRows:
     """Does what `RowsInGraphs` says. To be made before the first graph is captured: its memory is no graph's."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copies: GraphCopies | None = None) -> None:
+        """`copies`: None where nothing is to be copied."""
         self.device = device
+        self._copies = copies
         self._slots: list[Slot] = []
         self._shapes: list[Shape] = []
         self._used_rows = 0
@@ -44,7 +50,7 @@ class GraphRows:
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
-            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:])
+            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:], 0)
             kernels.put[(1,)](self._headers, 0, 0)
             torch.cuda.synchronize(device)
 
@@ -69,11 +75,15 @@ class GraphRows:
                 if group not in self._prepared:
                     self._prepared.add(group)
                     self._launch(tensor.dtype, group, 0, 1, 1)  # which does nothing: nothing is switched on
+                    if self._copies is not None:
+                        self._launch_copy(tensor.dtype, group, 0, 1, 1)
 
-    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
+    def measure(
+        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+    ) -> list[Slot]:
         groups: dict[tuple[torch.dtype, tuple[Kind, int, bool]], list[tuple[int, ...]]] = defaultdict(list)
         taken: list[Slot] = []
-        for slots, tensor in values:
+        for position, (slots, tensor) in enumerate(values):
             lies = layout(tensor)
             assert lies is not None
             kind, count, address = KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()
@@ -81,10 +91,14 @@ class GraphRows:
             slot = next((slot for slot in slots if slot.room >= number_of_parts), None) or self._slot(number_of_parts)
             taken.append(slot)
             shape = Shape.of(tensor, padded)
+            copy = 0
+            if self._copies is not None and position in copied:
+                shape = self._copies.placed(shape, slot, tensor)
+                copy = 0 if shape.place is None else self._copies.memory(shape.place, tensor.nbytes).data_ptr()
             inner = count // tensor.shape[0] if shape.batch else 0
             tag = len(self._shapes)
             self._shapes.append(shape)
-            entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:])
+            entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
             groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
         self._waits = True
         for (dtype, group), entries in groups.items():
@@ -94,7 +108,10 @@ class GraphRows:
             with self._beside():
                 for at, entry in enumerate(entries, first):
                     kernels.describe[(1,)](self._table, at, *entry)
-            self._launch(dtype, group, first, len(entries), max(entry[4] for entry in entries))
+            most_parts = max(entry[4] for entry in entries)
+            self._launch(dtype, group, first, len(entries), most_parts)
+            if any(entry[-1] for entry in entries):
+                self._launch_copy(dtype, group, first, len(entries), most_parts)
         return taken
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
@@ -105,23 +122,25 @@ class GraphRows:
                 self._wait()
                 kernels.set_control[(1,)](self._control, *state)
 
-    def arrive(self) -> Arrival | None:
+    def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
         count = len(self._slots)
         if not count:
             return None
         with torch.cuda.device(self.device):
-            return self._arrive(count)
+            return self._arrive(count, copied)
 
-    def _arrive(self, count: int) -> Arrival:
+    def _arrive(self, count: int, copied: Collection[Slot]) -> Arrival:
+        rows = self._state[1], self._state[2]
         self._wait()
         out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
         kernels.finish[(count,)](self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
+        self._state = (0, *rows)
+        copies = None if self._copies is None else self._copies.bring(copied, rows)
         event = torch.Event(self.device)
         event.record()
-        self._state = (0, *self._state[1:])
-        return Arrival(host, event, self._shapes, self._state[1:])
+        return Arrival(host, event, self._shapes, rows, copies)
 
     def _beside(self) -> torch.cuda.StreamContext:
         """A context beside the graph that is being captured. There are few streams, so the one that was taken may come
@@ -156,4 +175,13 @@ class GraphRows:
         kernels.measure_listed[(most_parts, count)](
             self._table[first:], meaning(dtype, self.device) if kind.bytes else None, self._rows, self._control,
             ELEMENT=kind.element, STRIDED=strided, ALIGNED=aligned, **kind.constants, num_warps=WARPS,
+        )  # fmt: skip
+
+    def _launch_copy(
+        self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
+    ) -> None:
+        kind, strided, aligned = group
+        kernels.copy_listed[(most_parts, count)](
+            self._table[first:], self._control,
+            ELEMENT=WORD[dtype.itemsize], BLOCK=kind.block, STRIDED=strided, ALIGNED=aligned, num_warps=WARPS,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 import torch
@@ -23,7 +23,11 @@ from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import Entry, TensorRecord
 
 from . import native
+from .rows import has_triton
 from .unmeasurable import PLAIN
+
+if TYPE_CHECKING:
+    from .launches import Launch
 
 T = TypeVar("T")
 
@@ -71,7 +75,16 @@ class Table(Protocol):
         """What was measured: likenesses with records, each with the number of the first one's row."""
 
     def contents(self) -> bytes:
-        """All rows, as `statistics.ROW` has them."""
+        """All rows of tensors on the CPU, as `statistics.ROW` has them."""
+
+    def attach(self, device: int, stream: int, address: int, rows: int) -> None:
+        """Rows in a GPU's memory, for tensors there; without them calls with such tensors are like no others."""
+
+    def headers(self) -> bytes:
+        """Of each value that was measured there the number of its header's row, as int64s."""
+
+    def used(self) -> int:
+        """How many of those rows are taken."""
 
 
 class Probes(Protocol):
@@ -88,19 +101,24 @@ class Likeness(NamedTuple):
     records: Sequence[TensorRecord]
     """Of the tensors that are measured, in the order of their rows."""
     dtypes: Sequence[torch.dtype]
+    device: torch.device
+    """Where they are measured."""
 
 
 class Anchor(Protocol):
     """Where a call was made."""
 
-    frame: FrameType | None
-    """None when it is over."""
-    stack: object
-    """Equal ones are the same."""
-    walk: Hashable
-    """What the frames above it are known by, up to the call of the module that runs: see `stack_key`."""
-    outer: object
-    """That call's stack."""
+    @property
+    def stack(self) -> object:
+        """Equal ones are the same."""
+
+    @property
+    def walk(self) -> Hashable:
+        """What the frames above it are known by, up to the call of the module that runs: see `stack_key`."""
+
+    @property
+    def outer(self) -> object:
+        """That call's stack."""
 
 
 class EarlierCall(NamedTuple):
@@ -138,12 +156,14 @@ class Kind(IntEnum):
     """A dict, with its values."""
     FIELDS = 6
     """A dataclass, with its fields."""
+    ON_GPU = 7
+    """As TENSOR, but on a GPU, and lying in its memory the same way."""
 
 
 def anything(kind: type) -> Likeness | None:
     """What all values of that type are like: nothing of them is measured."""
     known = extension()
-    return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [])
+    return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [], _CPU)
 
 
 class _Part(NamedTuple):
@@ -159,16 +179,22 @@ class _Part(NamedTuple):
     """TENSOR: of its dtype, in statistics.c."""
     requires_grad: bool = False
     shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    """ON_GPU."""
+    launch: Launch | None = None
+    """ON_GPU."""
 
 
 class _Extension(Protocol):
-    def Pattern(self, parts: list[_Part]) -> Pattern: ...  # noqa: N802
+    def Pattern(self, parts: list[_Part]) -> Pattern: ...
 
-    def Table(self, without_gradients: bool) -> Table: ...  # noqa: N802
+    def Table(self, without_gradients: bool) -> Table: ...
 
-    def Probes(self, tensors: list[tuple[object, int, int, int, int]]) -> Probes: ...  # noqa: N802
+    def Probes(self, tensors: Sequence[tuple[object, int, int, int, int]]) -> Probes: ...
 
     def set_up(self, *functions: object) -> None: ...
+
+    def set_up_gpu(self, *functions: object) -> None: ...
 
     def stack_key(self, frame: FrameType, end: FrameType | None) -> bytes | None:
         """Code objects and instructions of the frames up to but without `end`; None where that is not among them."""
@@ -194,7 +220,7 @@ def extension() -> _Extension | None:
 
 
 def likeness(values: object, described: object, records: object) -> Likeness | None:
-    """What `values` are like; None where that can't be told.
+    """What `values` are like; None where that can't be told, or they lie on several devices.
 
     values: a tuple of lists or dicts of values, such as the arguments by position and by name.
     described: a nest with the same tensors, in which `records` (a nest, too) has the record of each.
@@ -206,20 +232,27 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
     if len(tensors) != len(of_each):  # some lie too deep to be recorded
         return None
     waiting: defaultdict[int, list[TensorRecord]] = defaultdict(list)
-    for tensor, record in zip(reversed(tensors), reversed(of_each), strict=True):
-        waiting[id(tensor)].append(record)
+    for each, record in zip(reversed(tensors), reversed(of_each), strict=True):
+        waiting[id(each)].append(record)
     parts: list[_Part] = []
     measured: list[TensorRecord] = []
     dtypes: list[torch.dtype] = []
+    devices: set[torch.device] = set()
     for part, tensor in _parts(values, -2):
-        if part is None or (part.kind is Kind.TENSOR and not waiting[id(tensor)]):
+        measures = part is not None and part.kind in (Kind.TENSOR, Kind.ON_GPU)
+        if part is None or (measures and not waiting[id(tensor)]):
             return None
         parts.append(part)
-        if part.kind is Kind.TENSOR:
-            assert tensor is not None
+        if measures and tensor is not None:
             measured.append(waiting[id(tensor)].pop())
             dtypes.append(tensor.dtype)
-    return Likeness(known.Pattern(parts), measured, dtypes)
+            devices.add(tensor.device)
+    if len(devices) > 1:
+        return None
+    return Likeness(known.Pattern(parts), measured, dtypes, devices.pop() if devices else _CPU)
+
+
+_CPU = torch.device("cpu")
 
 
 def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor | None]]:
@@ -245,11 +278,19 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor 
 def _tensor(tensor: torch.Tensor) -> _Part | None:
     kind = type(tensor)
     code = native.CODES.get(tensor.dtype)
-    if kind not in PLAIN or code is None or not tensor.is_cpu:
+    if kind not in PLAIN or code is None:
         return None
     if kind is torch.nn.Parameter and not tensor.is_inference():
         return _Part(Kind.WEIGHT, kind, tensor, requires_grad=tensor.requires_grad)
-    return _Part(Kind.TENSOR, kind, tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape))
+    form = kind, tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
+    if tensor.is_cpu:
+        return _Part(Kind.TENSOR, *form)
+    if not (tensor.is_cuda and has_triton()):
+        return None
+    from .launches import launch_of
+
+    launch = launch_of(tensor)
+    return launch and _Part(Kind.ON_GPU, *form, tensor.stride(), launch)
 
 
 def _found(nest: Any, kind: type[T]) -> Iterator[T]:

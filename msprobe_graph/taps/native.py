@@ -78,10 +78,8 @@ class Library:
         self._fingerprint = _declare(
             keeping.msprobe_graph_fingerprint, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
         )
-        self.addresses = tuple(
-            ctypes.cast(function, ctypes.c_void_p).value or 0
-            for function in (self._dense, self._strided, self._fingerprint)
-        )
+        functions = keeping.msprobe_graph_dense, keeping.msprobe_graph_strided, keeping.msprobe_graph_fingerprint
+        self.addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
         """Of the functions that measure a tensor in one piece and any tensor, and of the one for fingerprints."""
         self._xor = _declare(releasing.msprobe_graph_xor, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
         for dtype in BYTE_DTYPES:

@@ -46,7 +46,7 @@ PyObject* none() { return Ref::shared(Py_None).release(); }
 // Names of attributes, made once.
 struct Names {
     PyObject *dtype, *shape, *requires_grad, *is_cpu, *is_contiguous, *is_neg, *data_ptr, *stride, *version;
-    PyObject *anchor, *before, *enter, *exit, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
+    PyObject *get_device, *is_inference, *anchor, *before, *enter, *exit, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
 } names;
 
 // A row of statistics, as statistics.c writes it.
@@ -65,13 +65,25 @@ Fingerprint* fingerprint;
 // torch's own: how many function modes are on, the context that hides from them, and whether gradients are recorded.
 PyObject *modes_on, *disable_modes, *is_grad_enabled;
 
+// The driver's cuLaunchKernel, and torch's current stream of a device, current device, and whether it is captured.
+typedef int CuLaunchKernel(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                           void* stream, void** parameters, void** extra);
+CuLaunchKernel* cu_launch_kernel;
+PyObject *current_stream, *current_device, *is_capturing;
+
 constexpr int64_t LARGE = 1 << 24;  // elements; while more are read, other threads run
 constexpr int64_t WORTH_REMEMBERING = 8 * 1024;  // bytes; less is measured again in the time that it takes to look it up
 
 constexpr int64_t MAPPED = int64_t(1) << 40;  // see unmeasurable.py
 
 // The order is that of likeness.Kind.
-enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS };
+enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU };
+
+// How a tensor on a GPU is measured: see launches.Launch.
+struct Launch {
+    long long device, function, shared, threads, nulls, meaning, parts, each, alignment;
+    long long layout[7];
+};
 
 struct Part {
     Kind kind;
@@ -83,6 +95,14 @@ struct Part {
     std::vector<int64_t> shape;
     int64_t version = 0;
     int64_t address = 0;
+    std::vector<int64_t> strides;  // ON_GPU
+    Launch launch;
+
+    int64_t count() const {
+        int64_t count = 1;
+        for (int64_t size : shape) count *= size;
+        return count;
+    }
 };
 
 struct Leaf {
@@ -106,12 +126,11 @@ bool same_attribute(PyObject* of, PyObject* name, PyObject* expected) {
 
 Ref called(PyObject* of, PyObject* name) { return Ref(PyObject_CallMethodNoArgs(of, name)); }
 
-bool same_sizes(PyObject* tensor, const std::vector<int64_t>& expected) {
-    Ref shape(PyObject_GetAttr(tensor, names.shape));
-    if (!shape || !PyTuple_Check(shape.get()) || PyTuple_GET_SIZE(shape.get()) != (Py_ssize_t)expected.size())
+bool same_numbers(const Ref& found, const std::vector<int64_t>& expected) {
+    if (!found || !PyTuple_Check(found.get()) || PyTuple_GET_SIZE(found.get()) != (Py_ssize_t)expected.size())
         return false;
     for (size_t at = 0; at < expected.size(); at++)
-        if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), at)) != expected[at]) return false;
+        if (PyLong_AsLongLong(PyTuple_GET_ITEM(found.get(), at)) != expected[at]) return false;
     return true;
 }
 
@@ -136,6 +155,8 @@ class Match {
         switch (part.kind) {
             case TENSOR:
                 return tensor(part, value);
+            case ON_GPU:
+                return on_gpu(part, value);
             case EQUAL:
                 return PyObject_RichCompareBool(value, part.object.get(), Py_EQ) == 1;
             case TYPE:
@@ -156,13 +177,27 @@ class Match {
                integer(called(value, names.data_ptr), address) && address == part.address;
     }
 
-    bool tensor(const Part& part, PyObject* value) {
-        if (!same_attribute(value, names.dtype, part.object.get()) || !same_sizes(value, part.shape) ||
-            !same_attribute(value, names.requires_grad, part.requires_grad ? Py_True : Py_False) ||
-            !same_attribute(value, names.is_cpu, Py_True))
+    bool same_form(const Part& part, PyObject* value) {
+        return same_attribute(value, names.dtype, part.object.get()) &&
+               same_numbers(Ref(PyObject_GetAttr(value, names.shape)), part.shape) &&
+               same_attribute(value, names.requires_grad, part.requires_grad ? Py_True : Py_False);
+    }
+
+    bool on_gpu(const Part& part, PyObject* value) {
+        int64_t device, address;
+        if (!same_form(part, value) || !integer(called(value, names.get_device), device) ||
+            device != part.launch.device || !same_numbers(called(value, names.stride), part.strides) ||
+            !integer(called(value, names.data_ptr), address) || address % part.launch.alignment ||
+            called(value, names.is_neg).get() != Py_False)
             return false;
-        int64_t count = 1, address;
-        for (int64_t size : part.shape) count *= size;
+        leaves.push_back({value, &part, reinterpret_cast<void*>(address), part.count(), true});
+        return true;
+    }
+
+    bool tensor(const Part& part, PyObject* value) {
+        if (!same_form(part, value) || !same_attribute(value, names.is_cpu, Py_True)) return false;
+        const int64_t count = part.count();
+        int64_t address;
         const Ref contiguous = called(value, names.is_contiguous);
         if (!contiguous || !integer(called(value, names.data_ptr), address)) return false;
         if (count && address < MAPPED) return false;
@@ -206,11 +241,11 @@ struct Pattern {
 
 bool read_part(PyObject* given, Part& part) {
     int kind;
-    PyObject *type, *object, *shape;
+    PyObject *type, *object, *shape, *strides, *launch;
     int code, requires_grad;
     long long size;
-    if (!PyArg_ParseTuple(given, "iOOLipO!", &kind, &type, &object, &size, &code, &requires_grad, &PyTuple_Type,
-                          &shape))
+    if (!PyArg_ParseTuple(given, "iOOLipO!O!O", &kind, &type, &object, &size, &code, &requires_grad, &PyTuple_Type,
+                          &shape, &PyTuple_Type, &strides, &launch))
         return false;
     part.kind = static_cast<Kind>(kind);
     part.type = Ref::shared(type);
@@ -220,6 +255,14 @@ bool read_part(PyObject* given, Part& part) {
     part.requires_grad = requires_grad;
     for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(shape); at++)
         part.shape.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(shape, at)));
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(strides); at++)
+        part.strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, at)));
+    Launch& to = part.launch;
+    if (launch != Py_None &&
+        !PyArg_ParseTuple(launch, "LLLLLLLLL(LLLLLLL)", &to.device, &to.function, &to.shared, &to.threads, &to.nulls,
+                          &to.meaning, &to.parts, &to.each, &to.alignment, to.layout, to.layout + 1, to.layout + 2,
+                          to.layout + 3, to.layout + 4, to.layout + 5, to.layout + 6))
+        return false;
     if (part.kind == WEIGHT)
         return integer(Ref(PyObject_GetAttr(object, names.version)), part.version) &&
                integer(called(object, names.data_ptr), part.address);
@@ -258,27 +301,35 @@ struct Measured {
     size_t row;
 };
 
+// Rows in a GPU's memory, which one stream writes. A value's header is followed by the rows of its parts.
+struct GpuRows {
+    int64_t device = -1, stream = 0, address = 0, room = 0, used = 0;
+    std::vector<int64_t> headers;  // of each value: which row
+};
+
 struct Table {
     PyObject_HEAD
+    GpuRows gpu;
     bool without_gradients;  // calls whose gradients are recorded are to be described anew
     std::vector<Measured> calls;
     std::vector<Row> rows;
     std::unordered_map<PyObject*, Seen> seen;
 };
 
-// The row of a large tensor that was measured before and is as it was; else null.
-const Row* seen_before(Table* table, PyObject* tensor) {
-    const auto found = table->seen.find(tensor);
-    if (found == table->seen.end() || PyWeakref_GetObject(found->second.tensor.get()) != tensor) return nullptr;
+// The number of the row of a large tensor that was measured before and is as it was; else -1.
+int64_t seen_before(const Table* table, const Leaf& leaf) {
+    if (leaf.count * leaf.part->size < WORTH_REMEMBERING) return -1;
+    const auto found = table->seen.find(leaf.tensor);
+    if (found == table->seen.end() || PyWeakref_GetObject(found->second.tensor.get()) != leaf.tensor) return -1;
     int64_t version;
-    if (!integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) PyErr_Clear();
-    else if (version == found->second.version) return &table->rows[found->second.row];
-    return nullptr;
+    const bool known = integer(Ref(PyObject_GetAttr(leaf.tensor, names.version)), version);
+    PyErr_Clear();
+    return known && version == found->second.version ? static_cast<int64_t>(found->second.row) : -1;
 }
 
 void remember(Table* table, PyObject* tensor, size_t row) {
     int64_t version;
-    if (integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {  // a tensor of inference mode has none
+    if (called(tensor, names.is_inference).get() == Py_False && integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {  // which tensors of inference mode lack
         Ref weak(PyWeakref_NewRef(tensor, nullptr));
         if (weak) table->seen[tensor] = Seen{std::move(weak), version, row};
     }
@@ -298,9 +349,9 @@ bool read_strided(const Leaf& leaf, Row* row) {
 
 bool read(Table* table, const Leaf& leaf, Row* row) {
     if (!leaf.count) return true;  // a row of zeros is that of an empty tensor
-    const bool large = leaf.count * leaf.part->size >= WORTH_REMEMBERING;
-    if (const Row* known = large ? seen_before(table, leaf.tensor) : nullptr) {
-        *row = *known;
+    const int64_t known = seen_before(table, leaf);
+    if (known >= 0) {
+        *row = table->rows[known];
         return true;
     }
     if (!leaf.contiguous) return read_strided(leaf, row);
@@ -312,6 +363,41 @@ bool read(Table* table, const Leaf& leaf, Row* row) {
         Py_END_ALLOW_THREADS;
     }
     return true;
+}
+
+// Whether the GPU's current stream is the one that writes the rows, and computes now.
+bool gpu_ready(const GpuRows& gpu) {
+    int64_t device, stream;
+    if (gpu.device < 0 || !integer(Ref(PyObject_CallNoArgs(current_device)), device) || device != gpu.device)
+        return false;
+    const Ref index(PyLong_FromLongLong(gpu.device));
+    return index && integer(Ref(PyObject_CallOneArg(current_stream, index.get())), stream) && stream == gpu.stream &&
+           Ref(PyObject_CallNoArgs(is_capturing)).get() == Py_False;
+}
+
+// Has the GPU measure a tensor, behind all that it was told to do before: triton_kernels.measure_one.
+bool launch(Table* table, const Leaf& leaf, int64_t& header) {
+    GpuRows& gpu = table->gpu;
+    const Launch& how = leaf.part->launch;
+    const int64_t known = seen_before(table, leaf);
+    if (known >= 0) {
+        header = gpu.headers[known];
+        return true;
+    }
+    if (gpu.used + how.parts + 1 > gpu.room) return false;
+    header = gpu.used;
+    gpu.used += how.parts + 1;
+    void* tensor = leaf.address;
+    int64_t numbers[] = {leaf.count,     how.each,       how.parts,      header,         0,             how.layout[0],
+                         how.layout[1], how.layout[2], how.layout[3], how.layout[4], how.layout[5], how.layout[6]};
+    int64_t meaning = how.meaning, rows = gpu.address, null = 0;
+    std::vector<void*> parameters{&tensor};
+    if (meaning) parameters.push_back(&meaning);
+    parameters.push_back(&rows);
+    for (int64_t& number : numbers) parameters.push_back(&number);
+    for (int64_t at = 0; at < how.nulls; at++) parameters.push_back(&null);
+    return !cu_launch_kernel(reinterpret_cast<void*>(how.function), how.parts, 1, 1, how.threads, 1, 1, how.shared,
+                             reinterpret_cast<void*>(gpu.stream), parameters.data(), nullptr);
 }
 
 // While there is one, no function mode sees what is asked of tensors. False where that can't be had.
@@ -343,23 +429,20 @@ bool measure(Table* table, PyObject* likeness, PyObject* values) {
     const Unseen unseen;
     if (!unseen) return false;
     Match match(reinterpret_cast<Pattern*>(PyTuple_GET_ITEM(likeness, 0))->parts);
-    std::vector<Row> rows;
-    bool like = match.whole(values);
-    if (like) {
-        rows.resize(match.leaves.size());
-        for (size_t at = 0; like && at < rows.size(); at++) like = read(table, match.leaves[at], &rows[at]);
-    }
-    if (!like) {
-        PyErr_Clear();  // what a tensor refuses to tell makes it unlike
-        return false;
-    }
-    const size_t first = table->rows.size();
-    if (!rows.empty()) table->calls.push_back({Ref::shared(likeness), first});
+    if (!match.whole(values)) return false;
+    const std::vector<Leaf>& leaves = match.leaves;
+    const bool on_gpu = !leaves.empty() && leaves[0].part->kind == ON_GPU;
+    if (on_gpu && !gpu_ready(table->gpu)) return false;
+    std::vector<Row> rows(on_gpu ? 0 : leaves.size());
+    std::vector<int64_t> headers(on_gpu ? leaves.size() : 0);
+    for (size_t at = 0; at < leaves.size(); at++)
+        if (!(on_gpu ? launch(table, leaves[at], headers[at]) : read(table, leaves[at], &rows[at]))) return false;
+    const size_t first = on_gpu ? table->gpu.headers.size() : table->rows.size();
+    if (!leaves.empty()) table->calls.push_back({Ref::shared(likeness), first});
     table->rows.insert(table->rows.end(), rows.begin(), rows.end());
-    for (size_t at = 0; at < rows.size(); at++) {
-        const Leaf& leaf = match.leaves[at];
-        if (leaf.count * leaf.part->size >= WORTH_REMEMBERING) remember(table, leaf.tensor, first + at);
-    }
+    table->gpu.headers.insert(table->gpu.headers.end(), headers.begin(), headers.end());
+    for (size_t at = 0; at < leaves.size(); at++)
+        if (leaves[at].count * leaves[at].part->size >= WORTH_REMEMBERING) remember(table, leaves[at].tensor, first + at);
     return true;
 }
 
@@ -368,6 +451,24 @@ PyObject* unlike() {
     PyErr_Clear();
     return none();
 }
+
+PyObject* attach(PyObject* self, PyObject* arguments) {
+    GpuRows& gpu = reinterpret_cast<Table*>(self)->gpu;
+    long long device, stream, address, room;
+    if (!PyArg_ParseTuple(arguments, "LLLL", &device, &stream, &address, &room)) return nullptr;
+    gpu.device = device;
+    gpu.stream = stream;
+    gpu.address = address;
+    gpu.room = room;
+    return none();
+}
+
+PyObject* headers(PyObject* self, PyObject*) {
+    const std::vector<int64_t>& all = reinterpret_cast<Table*>(self)->gpu.headers;
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(all.data()), all.size() * sizeof all[0]);
+}
+
+PyObject* used(PyObject* self, PyObject*) { return PyLong_FromLongLong(reinterpret_cast<Table*>(self)->gpu.used); }
 
 PyObject* contents(PyObject* self, PyObject*) {
     const std::vector<Row>& rows = reinterpret_cast<Table*>(self)->rows;
@@ -379,6 +480,7 @@ PyObject* new_table(PyTypeObject* type, PyObject* arguments, PyObject*) {
     if (!PyArg_ParseTuple(arguments, "p", &without_gradients)) return nullptr;
     Table* self = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
     if (!self) return nullptr;
+    new (&self->gpu) GpuRows();
     self->without_gradients = without_gradients;
     new (&self->calls) std::vector<Measured>();
     new (&self->rows) std::vector<Row>();
@@ -388,6 +490,7 @@ PyObject* new_table(PyTypeObject* type, PyObject* arguments, PyObject*) {
 
 void delete_table(PyObject* self) {
     Table* table = reinterpret_cast<Table*>(self);
+    table->gpu.~GpuRows();
     table->calls.~vector();
     table->rows.~vector();
     table->seen.~unordered_map();
@@ -609,6 +712,15 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     Py_RETURN_NONE;
 }
 
+PyObject* set_up_gpu(PyObject*, PyObject* arguments) {
+    unsigned long long launch_at;
+    if (!PyArg_ParseTuple(arguments, "KOOO", &launch_at, &current_stream, &current_device, &is_capturing))
+        return nullptr;
+    for (PyObject* each : {current_stream, current_device, is_capturing}) Py_INCREF(each);
+    cu_launch_kernel = reinterpret_cast<CuLaunchKernel*>(launch_at);
+    return none();
+}
+
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function));
 }
@@ -617,7 +729,10 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef table_methods[] = {
     {"begin", fast(begin), METH_FASTCALL, nullptr},
     {"end", fast(end), METH_FASTCALL, nullptr},
+    {"attach", attach, METH_VARARGS, nullptr},
     {"calls", calls, METH_NOARGS, nullptr},
+    {"headers", headers, METH_NOARGS, nullptr},
+    {"used", used, METH_NOARGS, nullptr},
     {"contents", contents, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -629,6 +744,7 @@ PyMethodDef probes_methods[] = {
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS, nullptr},
+    {"set_up_gpu", set_up_gpu, METH_VARARGS, nullptr},
     {"stack_key", fast(stack_key), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -663,6 +779,8 @@ PyMODINIT_FUNC PyInit__pattern(void) {
                   {&names.data_ptr, "data_ptr"},
                   {&names.stride, "stride"},
                   {&names.version, "_version"},
+                  {&names.get_device, "get_device"},
+                  {&names.is_inference, "is_inference"},
                   {&names.anchor, "anchor"},
                   {&names.before, "before"},
                   {&names.enter, "__enter__"},

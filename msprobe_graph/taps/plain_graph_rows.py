@@ -3,13 +3,14 @@ where there is no Triton. What `graph_rows` does with kernels of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
 from . import native, portable
 from .arrival import WORDS, Arrival, Event, Shape, Slot
 from .device import Accelerator
+from .graph_copies import GraphCopies
 
 SLOTS = 1 << 14
 """So many values, of 80 bytes."""
@@ -24,8 +25,10 @@ class PlainGraphRows:
     them then.
     """
 
-    def __init__(self, device: Accelerator) -> None:
+    def __init__(self, device: Accelerator, copies: GraphCopies | None = None) -> None:
+        """`copies`: None where nothing is to be copied."""
         self.device = device.device
+        self._copies = copies
         self._device = device
         self._shapes: list[Shape] = []
         self._single: list[bool] = []
@@ -50,14 +53,22 @@ class PlainGraphRows:
         """Nothing has to be compiled."""
 
     @torch.no_grad()
-    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
-        taken = []
+    def measure(
+        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+    ) -> list[Slot]:
+        taken: list[Slot] = []
         on, begin, end = self._control.unbind()
-        for slots, tensor in values:
+        for position, (slots, tensor) in enumerate(values):
             real = portable.precision(tensor)
             slot = slots[0] if slots else self._slot(real is torch.float32)
             taken.append(slot)
             shape = Shape.of(tensor, padded)
+            if self._copies is not None and position in copied:
+                shape = self._copies.placed(shape, slot, tensor)
+                if shape.place is not None:
+                    there = self._copies.memory(shape.place, tensor.nbytes)
+                    now = tensor.contiguous().reshape(-1).view(torch.uint8)
+                    there.copy_(torch.where(on != 0, now, there))
             counted = _rows(tensor, begin, end) if shape.batch else None
             words = self._words[slot.number]
             tag = torch.full_like(words[:1], len(self._shapes))
@@ -72,16 +83,17 @@ class PlainGraphRows:
             self._state = state
             self._control.copy_(torch.tensor(state, dtype=torch.int64))
 
-    def arrive(self) -> Arrival | None:
+    def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
         count = len(self._single)
         if not count:
             return None
-        rows = self._state[1:]
+        rows = self._state[1], self._state[2]
         self.switch(False)
+        copies = None if self._copies is None else self._copies.bring(copied, rows)
         with torch.inference_mode(False):
             host, wait = self._device.to_host(self._words[:count])
         self._words[:count, FIRED].zero_()
-        return Arrival(host, _Widened(host, wait, self._single), self._shapes, (rows[0], rows[1]))
+        return Arrival(host, _Widened(host, wait, self._single), self._shapes, rows, copies)
 
     def _slot(self, single: bool) -> Slot:
         number = len(self._single)

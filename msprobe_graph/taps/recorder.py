@@ -6,20 +6,22 @@ was recorded; a value that was measured already in this step, and has not change
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
 
 from msprobe_graph.config import Settings, Slice
 from msprobe_graph.dump.encode import describe
-from msprobe_graph.dump.records import Entry, Hole, Request, Shared, Step, TensorRecord
+from msprobe_graph.dump.records import FULL, Entry, Hole, Request, Shared, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
 from .alike import AlikeInStep, LastText
 from .checksum import crc32, xor_checksum
+from .copied import Copied, CopiedInStep
 from .likeness import MAX_DEPTH, Likeness, Table, anything, contents, extension, likeness
 from .measured import Known, Measured
 from .padding import Padding
@@ -30,6 +32,7 @@ from .unmeasurable import Unmeasurable, refuse_captured
 
 if TYPE_CHECKING:
     from .arrival import Slot
+    from .launches import LaunchedRows
     from .rows_in_graphs import RowsInGraphs
 
 _DTYPES = {value: str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -53,6 +56,8 @@ class Recorder:
         plain = settings.task == "statistics" and not settings.tensor_list and self._checksum is None
         self._extension = extension() if self.repeats and plain else None
         self._without_gradients = "backward" in settings.data_mode
+        self._launches_on: torch.device | None = None
+        """A GPU with tensors of such calls."""
         self._last_text = LastText()
         self._row_memory = RowMemory()
         self.forget()
@@ -70,8 +75,11 @@ class Recorder:
         self._shared: list[Shared] = []
         self._table = None if self._extension is None else self._extension.Table(self._without_gradients)
         """What is measured of calls that are like those of earlier steps."""
+        self._launched: LaunchedRows | None = None
+        """The part of it that is on a GPU."""
         self.table: Table | None = None
         """That, while such calls are looked for; else each is described anew."""
+        self._copied: defaultdict[RowsInGraphs, list[Copied]] = defaultdict(list)
         self.replays: list[ReplayedCall] = []
         """The calls that CUDA graphs may have replayed as a whole."""
         self._replayed_now: ReplayedCall | None = None
@@ -91,23 +99,33 @@ class Recorder:
         if not self._measured.probed:
             self._measured.probe()
         self.table = None if cut or padding is not None or self._measured.written else self._table
+        if self.table is not None and self._launched is None and self._launches_on is not None:
+            from .launches import LaunchedRows
+
+            with torch.cuda.device(self._launches_on):
+                self._launched = LaunchedRows(self.table, self._row_memory)
 
     def seal(self, finished: bool) -> None:
         """See `Rows.seal`; to be called before `as_step`."""
-        self._rows.seal(finished)
+        self._rows.seal(finished, [call.graph for call in self.replays])
+        if self._launched is not None:
+            self._launched.seal(finished)
 
     def as_step(
         self, finished: bool, expected: int, captured: int, late: Sequence[Entry], holes: Sequence[Hole]
     ) -> Step:
         """The step as it stands; `late` entries and `holes` are those that only its end tells."""
+        rows = self._rows
         return Step(
             number=self._number,
             entries=[*self.entries.values(), *late],
-            rows=self._rows if self._measures else None,
+            rows=rows if self._measures else None,
             records=dict(self._records),
             shared=list(self._shared),
             alike=self._alike_in_step(),
-            replays=[ReplayInStep(call, self._rows.arrival(call.graph)) for call in self.replays] if finished else [],
+            replays=[ReplayInStep(call, rows.arrival(call.graph)) for call in self.replays] if finished else [],
+            copies=[CopiedInStep(self._number, values, rows.arrival(graph)) for graph, values in self._copied.items()],
+            arriving=rows.arriving,
             holes=[*self.holes, *holes],
             requests=list(self.requests),
             graphs={graph: describe_graph() for graph, describe_graph in self.graphs.items()},
@@ -119,7 +137,9 @@ class Recorder:
 
     def _alike_in_step(self) -> AlikeInStep | None:
         calls = [] if self._table is None else self._table.calls()
-        return AlikeInStep(self._table.contents(), calls, self._last_text) if self._table and calls else None
+        if self._table is None or not calls:
+            return None
+        return AlikeInStep(self._table.contents(), self._launched, calls, self._last_text)
 
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
@@ -140,7 +160,12 @@ class Recorder:
 
     def likeness(self, values: object, described: object, records: object) -> Likeness | None:
         """What later calls' values may be like: see `likeness.likeness`. None where nobody will ask."""
-        return None if self.table is None else likeness(values, described, records)
+        if self.table is None:
+            return None
+        found = likeness(values, described, records)
+        if found is not None and found.device.type == "cuda":
+            self._launches_on = found.device
+        return found
 
     def unread(self) -> Likeness | None:
         """The same of values that are not recorded."""
@@ -186,7 +211,14 @@ class Recorder:
             self._replayed_now.values.append(ReplayedValue(record, slots, dtype))
         return record
 
-    def view_of(self, record: TensorRecord, shape: tuple[int | None, ...]) -> TensorRecord:
+    def copied(self, graph: RowsInGraphs, value: Copied) -> None:
+        """Have files made of a value that a CUDA graph copies when it is replayed."""
+        self._rows.want_copies(graph, value.slots)
+        self._copied[graph].append(value)
+        if self._replayed_now is not None:
+            self._replayed_now.saved = True
+
+    def view_of(self, record: TensorRecord, shape: tuple[int | None, ...] | Literal["same"]) -> TensorRecord:
         """The record of all elements of another one's value, in a shape of which one size may be open."""
         view = TensorRecord("torch.Tensor", record.dtype, None, None, None, None, None, False)
         self._shared.append((record, view, shape))
@@ -214,14 +246,16 @@ class Recorder:
             tensor = self._part(tensor)
         known = self._measured.lookup(tensor)
         if known is not None and stem is None:
-            record = known.record
-            if record is None or record.requires_grad != tensor.requires_grad:
+            before = known.record
+            if before is None or before.requires_grad != tensor.requires_grad:
                 record = self._read(tensor, stem)
                 known.record = record if record.reason is msgspec.UNSET else None
             elif self._table is not None and type(tensor) is not torch.nn.Parameter:
                 # Calls that are like this one may be given another tensor.
-                record = msgspec.structs.replace(record)
-                self._shared.append((known.record, record, None))
+                record = msgspec.structs.replace(before)
+                self._shared.append((before, record, None))
+            else:
+                record = before
             return record
         record = self._read(tensor, stem)
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, known, f"{stem}.pt"):
@@ -256,7 +290,7 @@ class Recorder:
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         saved = self._writer.save(self._number, name, copy)
         if saved is None:
-            self.holes.append(Hole(name, "not saved: the dump has reached max_bytes"))
+            self.holes.append(Hole(name, FULL))
             return False
         if known is not None:
             known.saved = saved

@@ -43,6 +43,8 @@ class ReplayedCall:
         self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
         self.values: list[ReplayedValue] = []
         self.shared: list[Shared] = []
+        self.saved = False
+        """Files are made of some values, and their names come into the records."""
         self.known: dict[object, Known] = {}
         """By the kind of an arrival."""
 
@@ -77,6 +79,8 @@ class ReplayInStep:
         arrival, call = self._arrival, self._call
         if arrival is None or arrival.first(call.slots) is None:
             return None
+        if call.saved:
+            return self.complete()
         if fills():
             known = call.known.get(arrival.kind)
             if known is None:

@@ -23,6 +23,7 @@ class RowMemory:
         self._free: defaultdict[tuple[torch.device, int], list[torch.Tensor]] = defaultdict(list)
         """By device and stream: what one stream zeroes, another may not use at once."""
         self._lock = threading.Lock()
+        self._headers: tuple[bytes, torch.device, torch.Tensor] | None = None
 
     def take(self, rows: int, stream: torch.cuda.Stream) -> torch.Tensor:
         """int64 zeros of shape [`rows` or more, 8]."""
@@ -40,6 +41,13 @@ class RowMemory:
             chunk[:used].zero_()
             with self._lock:
                 self._free[stream.device, stream.cuda_stream].append(chunk)
+
+    def headers(self, rows: bytes, device: torch.device) -> torch.Tensor:
+        """Numbers of rows, given as int64s, on the device: the same tensor again as long as they are the same."""
+        if self._headers is None or self._headers[:2] != (rows, device):
+            there = torch.frombuffer(bytearray(rows), dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+            self._headers = rows, device, there
+        return self._headers[2]
 
 
 def _zeros(rows: int, stream: torch.cuda.Stream) -> torch.Tensor:

@@ -8,7 +8,8 @@ import importlib.util
 import itertools
 import struct
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,7 @@ class Rows:
         """By stream."""
         self._lock = threading.Lock()
         self._reserved: dict[int, tuple[RowsInGraphs, Sequence[Slot]]] = {}
+        self._copied: defaultdict[RowsInGraphs, set[Slot]] = defaultdict(set)
         self._arrivals: dict[RowsInGraphs, Arrival | None] = {}
 
     def add(self, tensor: torch.Tensor) -> int:
@@ -87,21 +89,30 @@ class Rows:
         self._reserved[number] = graph, tuple(slots)  # as they are now
         return number
 
-    def seal(self, finished: bool) -> None:
+    def want_copies(self, graph: RowsInGraphs, slots: Iterable[Slot]) -> None:
+        """Have the copies brought to the host, too, that CUDA graphs have made of the values of these slots."""
+        self._copied[graph].update(slots)
+
+    def seal(self, finished: bool, graphs: Iterable[RowsInGraphs] = ()) -> None:
         """Have the GPUs bring to the host what they have measured so far, without waiting for it, and what their graphs
-        have if the step is `finished`. To be called in the stream's order."""
+        have, these and those that rows are reserved for, if the step is `finished`. To be called in the stream's
+        order."""
         with self._lock:
             for rows, _ in self._on_gpus.values():
                 rows.seal(finished)
         if finished:
-            for graph, _ in self._reserved.values():
-                self.arrival(graph)
+            for graph in {*graphs, *(graph for graph, _ in self._reserved.values())}:
+                self._arrivals[graph] = graph.arrive(self._copied[graph])
 
     def arrival(self, graph: RowsInGraphs) -> Arrival | None:
-        """What CUDA graphs have measured in this step, which is over."""
-        if graph not in self._arrivals:
-            self._arrivals[graph] = graph.arrive()
-        return self._arrivals[graph]
+        """What CUDA graphs have measured in this step, which is over and sealed."""
+        return self._arrivals.get(graph)
+
+    @property
+    def arriving(self) -> int:
+        """Bytes of the host's memory for what CUDA graphs have copied."""
+        copies = (arrival.copies for arrival in self._arrivals.values() if arrival is not None)
+        return sum(each.host.nbytes for each in copies if each is not None)
 
     def fetch(self) -> list[Statistics | None]:
         """The statistics of all rows, by number; None for one that was reserved and not written. Waits for the devices
@@ -126,7 +137,7 @@ class Rows:
 
     def _replayed(self, number: int) -> Statistics | None:
         graph, slots = self._reserved[number]
-        arrival = self._arrivals.get(graph)
+        arrival = self.arrival(graph)
         written = None if arrival is None else arrival.first(slots)
         return None if written is None else written.statistics(self._dtypes[number])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,17 +22,21 @@ class RowsInGraphs(Protocol):
     def prepare(self, values: Iterable[torch.Tensor]) -> None:
         """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
 
-    def measure(self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None) -> list[Slot]:
+    def measure(
+        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+    ) -> list[Slot]:
         """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
         it or, where they have no room, a new one.
 
-        padded: rows of the batch, padding included, if there is one. Raises MemoryError when there is no room left.
+        padded: rows of the batch, padding included, if there is one. copied: which of the values, by position, are
+        copied too, as far as there is room for copies. Raises MemoryError when there is no room left for slots.
         """
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
         to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
 
-    def arrive(self) -> Arrival | None:
-        """Have the slots brought to the host as they are at this point of the current stream. From here on they count
-        anew, and values are not measured. None where there are none."""
+    def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
+        """Have the slots brought to the host as they are at this point of the current stream, and the copies that were
+        made of the values of some. From here on they count anew, and values are not measured. None where there are
+        none."""

@@ -216,6 +216,19 @@ def measure_one(
 
 
 @triton.jit
+def _counted(entry, control):
+    """The elements that count of a listed value: from the first up to but without the last."""
+    first = tl.zeros([], tl.int64)
+    last = tl.load(entry + 1)
+    inner = tl.load(entry + 2)
+    end = tl.load(control + 2)
+    if (inner > 0) & (end >= 0):
+        first = tl.minimum(tl.load(control + 1) * inner, last)
+        last = tl.minimum(end * inner, last)
+    return first, last
+
+
+@triton.jit
 def measure_listed(
     table, meaning, rows, control,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
@@ -231,13 +244,7 @@ def measure_listed(
         pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)
-        first = tl.zeros([], tl.int64)
-        last = tl.load(entry + 1)
-        inner = tl.load(entry + 2)
-        end = tl.load(control + 2)
-        if (inner > 0) & (end >= 0):
-            first = tl.minimum(tl.load(control + 1) * inner, last)
-            last = tl.minimum(end * inner, last)
+        first, last = _counted(entry, control)
         _part(
             pointer, meaning, first, last, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
             tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
@@ -246,14 +253,53 @@ def measure_listed(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["index", "address", "inner", *_SCALARS])
+@triton.jit
+def copy_listed(
+    table, control, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Copy the values that `table` describes, all with elements of one size, to where it says, in row-major order; of a
+    batch the rows that count. Grid and the rest as for `measure_listed`."""
+    if tl.load(control) != 0:
+        entry = table + tl.program_id(1) * 16
+        part = tl.program_id(0).to(tl.int64)
+        to = tl.load(entry + 14)
+        if (to != 0) & (part < tl.load(entry + 4)):
+            pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
+            copy = tl.multiple_of(to.to(tl.pointer_type(ELEMENT)), 16)
+            each = tl.load(entry + 3)
+            first, last = _counted(entry, control)
+            begin = tl.minimum(first + part * each, last)
+            end = tl.minimum(begin + each, last)
+            if ALIGNED:  # or nothing is read
+                pointer = tl.multiple_of(pointer, 16)
+                begin = tl.multiple_of(begin, 16)
+            s1 = tl.load(entry + 7)
+            s2 = tl.load(entry + 8)
+            s3 = tl.load(entry + 9)
+            t0 = tl.load(entry + 10)
+            t1 = tl.load(entry + 11)
+            t2 = tl.load(entry + 12)
+            t3 = tl.load(entry + 13)
+            lanes = tl.arange(0, BLOCK)
+            whole = begin + (end - begin) // BLOCK * BLOCK
+            for start in range(begin, whole, BLOCK):
+                found = _read(pointer, None, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + start + lanes, found)
+            if whole < end:
+                inside = whole + lanes < end
+                found = _read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + whole + lanes, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["index", "address", "inner", "copy", *_SCALARS])
 def describe(
     table, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64, parts: tl.int64,
     header: tl.int64, tag: tl.int64,
-    s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64,
+    s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64, copy: tl.int64,
 ):  # fmt: skip
-    """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), the rest as in
-    `measure_one`. A kernel, because nothing can be copied from the host while a CUDA graph is captured. Grid: (1,)."""
+    """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), `copy` the address
+    that it is copied to (0: it is not), the rest as in `measure_one`. A kernel, because nothing can be copied from the
+    host while a CUDA graph is captured. Grid: (1,)."""
     entry = table + index * 16
     tl.store(entry, address)
     tl.store(entry + 1, count)
@@ -269,6 +315,7 @@ def describe(
     tl.store(entry + 11, t1)
     tl.store(entry + 12, t2)
     tl.store(entry + 13, t3)
+    tl.store(entry + 14, copy)
 
 
 @triton.jit(do_not_specialize=["index", "value"])

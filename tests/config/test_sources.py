@@ -30,6 +30,7 @@ def test_defaults_are_msprobes():
 def test_defaults_of_our_own_settings():
     settings = load()
     assert (settings.operators, settings.max_bytes, settings.max_steps) == (OperatorChanges(), None, None)
+    assert settings.graph_copy_bytes is None
 
 
 def test_null_is_the_same_as_left_out_but_for_risk_level():

@@ -64,13 +64,13 @@ def test_data_mode_is_expanded(modes, expanded):
 )
 def test_max_bytes(text, count):
     assert load(max_bytes=text).max_bytes == count
+    assert load(graph_copy_bytes=text).graph_copy_bytes == count
 
 
 @pytest.mark.parametrize("text", [0, -1, True, 1.5, "", "GiB", "10GiBs", "-1MB", "1e9", "0.5B", "0", [1]])
 def test_wrong_max_bytes(text):
-    assert f"max_bytes is {json.dumps(text)}; it must be a number of bytes" in error(
-        {"dump_path": "x", "max_bytes": text}
-    )
+    for key in ("max_bytes", "graph_copy_bytes"):
+        assert f": {key} is {json.dumps(text)}; it must be a number of bytes" in error({"dump_path": "x", key: text})
 
 
 def test_operators():

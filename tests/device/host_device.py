@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_name("host_device.cpp")
+MEMORY = 1 << 26
+"""Bytes that the device says it has, all of them free."""
 
 
 def build(into: Path) -> Path | None:
@@ -54,6 +56,7 @@ def register(library: Path, name: str) -> None:
         graph=graph,
         graph_pool_handle=lambda: (0, 0),
         empty_cache=lambda: None,
+        mem_get_info=lambda device=None: (MEMORY, MEMORY),
         _subscribe_report=lambda stream: None,
         _launch_host_func=launch_host_function,
     )

@@ -29,7 +29,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["hostdev", "npu"])
 def test_on_a_device_of_our_own(library: Path, name: str) -> None:
     environment = os.environ | {"HOST_DEVICE": name, "HOST_DEVICE_LIBRARY": str(library)}
-    files = [HERE / "on_device.py", HERE.parent / "taps" / "test_device.py"]
+    files = [HERE / "on_device.py", HERE / "graph_copies.py", HERE.parent / "taps" / "test_device.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.device.host_device", "-o", "cache_dir=/dev/null"]
     done = subprocess.run(
         [*command, *map(str, files)], cwd=HERE.parent.parent, env=environment, stdout=subprocess.PIPE, text=True

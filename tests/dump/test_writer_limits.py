@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 
 from msprobe_graph.dump import writer as writer_module
 from msprobe_graph.dump.reader import read, steps
-from msprobe_graph.dump.records import Entry, Step
+from msprobe_graph.dump.records import FULL, Entry, Hole, Step
+from msprobe_graph.dump.saved import Sink
 from msprobe_graph.dump.step_files import StepFiles
 
 from .conftest import NewWriter, Strict
@@ -173,8 +175,12 @@ def test_a_tensor_larger_than_the_bound_still_passes(new_writer: NewWriter, monk
     assert len(list((writer.files.folder(0) / "dump_tensor_data").iterdir())) == 3
 
 
-def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "QUEUED_STEPS", 2)
+@pytest.mark.parametrize(("limit", "arriving"), [("QUEUED_STEPS", 0), ("QUEUED_BYTES", 1)], ids=["steps", "bytes"])
+def test_steps_wait_for_the_disk_too(
+    new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch, limit: str, arriving: int
+) -> None:
+    """At most 2 wait, or so many as have 2 bytes on their way to the host."""
+    monkeypatch.setattr(writer_module, limit, 2)
     gate = threading.Event()
     write = StepFiles.take_step
 
@@ -188,7 +194,7 @@ def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.
 
     def capture() -> None:
         for number in range(5):
-            writer.submit(Step(number, finished=True))
+            writer.submit(Step(number, finished=True, arriving=arriving))
             taken.append(number)
 
     thread = threading.Thread(target=capture)
@@ -200,6 +206,35 @@ def test_steps_wait_for_the_disk_too(new_writer: NewWriter, monkeypatch: pytest.
     thread.join(20)
     writer.flush()
     assert len(steps(writer.files.dump_path)) == 5
+
+
+class OnesCopied:
+    """A step's copies of one value for two files."""
+
+    def save(self, sink: Sink) -> list[Hole]:
+        return [] if sink.keep(0, ["one.pt", "other.pt"], torch.ones(100)) else [Hole("one.pt", FULL)]
+
+
+@pytest.mark.parametrize("max_bytes", [600, 300])
+def test_copies_count_once_and_are_let_go(new_writer: NewWriter, max_bytes: int) -> None:
+    writer, copies = new_writer(max_bytes=max_bytes), OnesCopied()
+    alive = weakref.ref(copies)
+    writer.submit(Step(0, copies=[copies], arriving=400, finished=True))
+    writer.submit(Step(1, finished=True))
+    del copies
+    writer.flush()
+    assert alive() is None
+    step = read(writer.files.folder(0))
+    assert step.manifest is not None
+    reasons = [hole["reason"] for hole in step.manifest["holes"] if hole["site"] == "one.pt"]
+    folder = writer.files.folder(0) / "dump_tensor_data"
+    if max_bytes == 600:
+        assert reasons == []
+        assert (folder / "one.pt").stat().st_ino == (folder / "other.pt").stat().st_ino
+        assert torch.equal(torch.load(folder / "other.pt"), torch.ones(100))
+    else:
+        assert reasons == [FULL]
+        assert not folder.exists()
 
 
 def test_max_bytes_refuses_tensors_and_is_full(new_writer: NewWriter) -> None:

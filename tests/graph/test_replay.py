@@ -157,3 +157,83 @@ def test_reduce_overhead(tmp_path: Path, level: str) -> None:
     expected = plain(tmp_path / "plain", batches, level=level)
     for there, here in zip(expected, found, strict=True):
         assert differences(there, here) == []
+
+
+# ---- tensors ------------------------------------------------------------------------------------------
+
+
+def files(step: StepDump) -> dict[str, torch.Tensor]:
+    """The tensors that the folder has, by the names of their files."""
+    return {file.name: torch.load(file, weights_only=True) for file in (step.folder / "dump_tensor_data").glob("*.pt")}
+
+
+def replayed(debugger: PrecisionDebugger) -> None:
+    """The first step is without a graph, three are with one, and behind each it is replayed in none."""
+    graph, x, _ = captured(debugger)
+    for batch in inputs(3):
+        x.copy_(batch)
+        with debugger.start():
+            graph.replay()
+            debugger.stop()
+            x.fill_(7.0)
+            graph.replay()
+
+
+def assert_saved(here: StepDump, there: StepDump) -> None:
+    """The same files, bit for bit, and the records tell of them."""
+    found, expected = files(here), files(there)
+    assert found.keys() == expected.keys()
+    assert found.keys() == {each.record["data_name"] for each in here.tensors() if "data_name" in each.record}
+    for name, value in found.items():
+        assert value.untyped_storage().nbytes() == value.nbytes
+        assert value.is_contiguous()
+        assert torch.equal(value, expected[name]), name
+    assert not any("not saved" in reason for reason in holes(here).values())
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+def test_the_files_of_a_replay_are_those_of_a_run_without_graphs(tmp_path: Path, level: str) -> None:
+    _, *found = dumped(tmp_path / "graph", replayed, level=level, task="tensor")
+    expected = plain(tmp_path / "plain", inputs(3), level=level, task="tensor")
+    for there, here in zip(expected, found, strict=True):
+        assert differences(there, here) == []
+        assert_saved(here, there)
+        assert any(".output." in name for name in files(here))
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_reduce_overhead_saves_tensors(tmp_path: Path, level: str) -> None:
+    batches = inputs(5)
+
+    def calls(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(model(), backend=msprobe_backend, options={"mode": "reduce-overhead"})
+        for batch in batches:
+            torch.compiler.cudagraph_mark_step_begin()
+            with debugger.start(compiled):
+                compiled(batch)
+
+    found = dumped(tmp_path / "graph", calls, level=level, task="tensor")
+    expected = plain(tmp_path / "plain", batches, level=level, task="tensor")
+    for there, here in zip(expected, found, strict=True):
+        assert differences(there, here) == []
+        assert_saved(here, there)
+
+
+def test_tensors_without_room_are_named(tmp_path: Path) -> None:
+    _, *found = dumped(tmp_path / "graph", replayed, task="tensor", graph_copy_bytes=4096)
+    expected = plain(tmp_path / "plain", inputs(3), task="tensor")
+    for there, here in zip(expected, found, strict=True):
+        assert differences(there, here) == []
+        saved, wanted = files(here), files(there)
+        lacking = {name for name, reason in holes(here).items() if "graph_copy_bytes (4096)" in reason}
+        assert lacking
+        assert any(".output." in name or ".input." in name for name in saved)
+        assert saved.keys().isdisjoint(lacking)
+        assert saved.keys() | lacking == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in saved.items())
+
+
+def test_statistics_alone_take_no_memory_for_copies(tmp_path: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    dumped(tmp_path / "statistics", replayed, graph_copy_bytes="1GiB")
+    assert torch.cuda.memory_allocated() - before < 1 << 29

@@ -164,19 +164,51 @@ def test_one_request_in_its_steps_alone(wheel: Wheel, tmp_path: Path) -> None:
     assert shapes == {"step1": [2, 8], "step2": [10, 8]}
 
 
-def test_tensors_in_graphs_are_a_hole(wheel: Wheel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("mode", "npugraph_ex"), [WAYS[0], WAYS[-1]])
+def test_tensors_are_saved_inside_graphs(wheel: Wheel, mode: CUDAGraphMode, npugraph_ex: bool, tmp_path: Path) -> None:
+    compile_with(npugraph_ex)
+    there, tokens = expected(tmp_path / "there", task="tensor")
+    assert served(started(wheel, mode, config(tmp_path / "here", task="tensor"))) == tokens
+    here = dumped(tmp_path / "here")
+    for batch, found, plain in zip(BATCHES, here, there, strict=True):
+        replayed_whole = graph_for(mode, sum(map(len, batch.values()))) == CUDAGraphMode.FULL
+        assert_alike(found, plain, HOOKED if replayed_whole else ())
+        assert not any("not saved" in reason for reason in holes(found).values())
+        wanted = {(each.entry, each.position): each for each in plain.tensors()}
+        for each in found.tensors():
+            saved, other = found.load(each), plain.load(wanted[each.entry, each.position])
+            assert saved.untyped_storage().nbytes() == saved.nbytes
+            torch.testing.assert_close(saved, other, rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
+            if each.record["dtype"] == "torch.float32" and saved.numel():
+                assert (saved.max().item(), saved.min().item()) == (each.record["Max"], each.record["Min"])
+        names = {each.record["data_name"] for each in found.tensors()}
+        assert names == {file.name for file in (found.folder / "dump_tensor_data").iterdir()}
+
+
+def test_tensors_that_a_list_leaves_out_take_no_room(wheel: Wheel, tmp_path: Path) -> None:
+    compile_with(npugraph_ex=False)
+    norm = "Module.model.norm.LayerNorm.forward.0"
+    settings = {"task": "tensor", "tensor": {"list": [norm]}, "graph_copy_bytes": 2 * 8 * 8 * 4}
+    served(started(wheel, CUDAGraphMode.FULL, config(tmp_path, **settings)))
+    for found in dumped(tmp_path):
+        assert list(found.data) == [norm]
+        assert all("data_name" in each.record for each in found.tensors())
+
+
+def test_slices_in_graphs_are_a_hole(wheel: Wheel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compile_with(npugraph_ex=True)
-    there, tokens = expected(tmp_path / "there")
+    settings = {"task": "tensor", "tensor": {"slice": [{"begin": 0, "end": 1}]}}
     with caplog.at_level("WARNING"):
-        assert served(started(wheel, CUDAGraphMode.FULL, config(tmp_path / "here", task="tensor"))) == tokens
-    assert "in which no tensor is saved" in caplog.text
-    for found, plain in zip(dumped(tmp_path / "here"), there, strict=True):
-        assert "in which no tensor is saved" in holes(found)["what vLLM replays as a CUDA graph"]
-        tensors = {(each.entry, each.position): each for each in found.tensors()}
-        (head,) = (each for site, each in tensors.items() if site == ("Module.head.Linear.forward.0", "output.0"))
-        assert found.load(head).shape[0] == head.record["shape"][0], "which runs outside of graphs"
-        norm = next(each for each in plain.tensors() if each.entry == "Module.model.norm.LayerNorm.forward.0")
-        assert tensors[norm.entry, norm.position].record["Norm"] == pytest.approx(norm.record["Norm"], **TOLERANCE)
+        served(started(wheel, CUDAGraphMode.FULL, config(tmp_path, **settings)))
+    assert "in which no slice or checksum is taken" in caplog.text
+    for found in dumped(tmp_path):
+        assert "in which no slice" in holes(found)["what vLLM replays as a CUDA graph"]
+        (head,) = (
+            each
+            for each in found.tensors()
+            if each.entry == "Module.head.Linear.forward.0" and each.position == "output.0"
+        )
+        assert found.load(head).shape[0] == 1, "which runs outside of graphs"
 
 
 def test_a_step_is_on_disk_when_its_tokens_go_out_if_it_is_wanted(wheel: Wheel, tmp_path: Path) -> None:

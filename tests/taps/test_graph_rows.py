@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 
 from msprobe_graph.taps import Statistics, graph_rows
 from msprobe_graph.taps.arrival import Arrival, Slot, Written
+from msprobe_graph.taps.device import Accelerator, of
+from msprobe_graph.taps.graph_copies import GraphCopies
 from msprobe_graph.taps.graph_rows import GraphRows
 from msprobe_graph.taps.triton_rows import KINDS, TritonRows
 
@@ -29,14 +31,15 @@ class Graph:
         tensors: Sequence[torch.Tensor],
         padded: int | None = None,
         shared: Sequence[Slot] = (),
+        copied: Sequence[int] = (),
     ) -> None:
-        """`shared`: slots that each of the tensors may use."""
+        """`shared`: slots that each of the tensors may use. `copied`: which of them are copied, too."""
         assert all(rows.takes(tensor) for tensor in tensors)
         rows.prepare(tensors)
         self.tensors = tensors  # their memory is what a replay reads
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self.slots = rows.measure([(shared, tensor) for tensor in tensors], padded)
+            self.slots = rows.measure([(shared, tensor) for tensor in tensors], padded, copied)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -50,7 +53,7 @@ class Step:
         for graph in graphs:
             graph.replay()
         rows.switch(False)
-        arrival = rows.arrive()
+        arrival = rows.arrive([slot for graph in graphs for slot in graph.slots])
         assert arrival is not None
         self.arrival: Arrival = arrival
 
@@ -239,3 +242,98 @@ def test_each_device_has_its_rows() -> None:
             alone = TritonRows(device)
             alone.add(there.to(device))
             check(alone.fetch()[0], there)
+
+
+# ---- copies -------------------------------------------------------------------------------------------
+
+
+def copying_rows(size: int = 1 << 26) -> GraphRows:
+    adapter = of(DEVICE)
+    assert isinstance(adapter, Accelerator)
+    return GraphRows(DEVICE, GraphCopies(adapter, size))
+
+
+def check_copied(step: Step, slot: Slot, expected: torch.Tensor) -> None:
+    found = step.arrival.copy(step[slot], expected.dtype)
+    assert found is not None
+    assert found.shape == expected.shape
+    there = expected.contiguous().reshape(-1).view(torch.uint8)
+    assert torch.equal(found.contiguous().reshape(-1).view(torch.uint8), there)
+
+
+@every_dtype
+def test_a_graph_copies_every_dtype_and_layout_to_the_bit(dtype: torch.dtype) -> None:
+    rows = copying_rows()
+    there = (numbers if dtype is torch.bool else bits)(dtype, 40, 90)
+    here = there.to(DEVICE)
+    graph = Graph(rows, [view(here) for view in VIEWS.values()], copied=range(len(VIEWS)))
+    for _ in range(2):
+        step = Step(rows, graph)
+        for slot, view in zip(graph.slots, VIEWS.values(), strict=True):
+            check_copied(step, slot, view(there))
+            check(step[slot].row, view(there))
+
+
+@few_dtypes
+@pytest.mark.parametrize(("begin", "end"), [(0, -1), (0, 24), (0, 17), (5, 6), (3, 20), (23, 24), (9, 100), (30, 40)])
+def test_copied_rows_of_a_batch(dtype: torch.dtype, begin: int, end: int) -> None:
+    rows = copying_rows()
+    there = numbers(dtype, 48, 896)
+    here = there.to(DEVICE)
+    graph = Graph(rows, [batch(here) for batch in BATCHES.values()], padded=24, copied=range(len(BATCHES)))
+    step = Step(rows, graph, begin=begin, end=end)
+    for slot, batch in zip(graph.slots, BATCHES.values(), strict=True):
+        check_copied(step, slot, batch(there)[begin : end if end >= 0 else None])
+
+
+@pytest.mark.parametrize("sizes", [(64, 16, 1), (1, 16, 64), (16, 64, 1)])
+def test_graphs_of_several_sizes_share_copies(sizes: tuple[int, ...]) -> None:
+    rows = copying_rows()
+    there = {size: numbers(torch.bfloat16, size, 2 * BLOCK) for size in sizes}
+    shared: list[Slot] = []
+    graphs: dict[int, Graph] = {}
+    for size, tensor in there.items():
+        graphs[size] = Graph(rows, [tensor.to(DEVICE)], padded=size, shared=shared, copied=[0])
+        shared += [slot for slot in graphs[size].slots if slot not in shared]
+    for size in (*sizes, *reversed(sizes)):
+        (slot,) = graphs[size].slots
+        check_copied(Step(rows, graphs[size], end=max(1, size - 3)), slot, there[size][: max(1, size - 3)])
+
+
+def test_large_values_are_copied_whole() -> None:
+    rows = copying_rows(1 << 28)
+    there = bits(torch.bfloat16, 5000, 1111)
+    graph = Graph(rows, [there.to(DEVICE), there.to(DEVICE).t()], copied=[0, 1])
+    step = Step(rows, graph)
+    check_copied(step, graph.slots[0], there)
+    check_copied(step, graph.slots[1], there.t())
+
+
+def test_switched_off_nothing_is_copied() -> None:
+    rows = copying_rows()
+    x = torch.ones(5, device=DEVICE)
+    graph = Graph(rows, [x], copied=[0])
+    rows.switch(True)
+    graph.replay()
+    rows.switch(False)
+    x.fill_(2.0)
+    graph.replay()
+    arrival = rows.arrive(graph.slots)
+    assert arrival is not None
+    found = arrival.first(graph.slots)
+    assert found is not None
+    copy = arrival.copy(found, torch.float32)
+    assert copy is not None
+    assert copy.tolist() == [1.0] * 5
+
+
+def test_what_has_no_room_is_measured_all_the_same() -> None:
+    rows = copying_rows(512)
+    there = [numbers(torch.float32, size) for size in (100, 50, 40)]  # of 400, 200 and 160 bytes
+    graph = Graph(rows, [tensor.to(DEVICE) for tensor in there], copied=[0, 1])
+    step = Step(rows, graph)
+    for slot, tensor in zip(graph.slots, there, strict=True):
+        check_replayed(step[slot], tensor)
+    check_copied(step, graph.slots[0], there[0])
+    assert [step[slot].captured.copied for slot in graph.slots] == [True, True, False]
+    assert [step.arrival.copy(step[slot], torch.float32) is None for slot in graph.slots] == [False, True, True]

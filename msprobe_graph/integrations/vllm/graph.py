@@ -55,7 +55,7 @@ COMPILERS = ("inductor", "eager")
 SPLIT = "msprobe_graph::tap"
 """Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
 REPLAYED = (
-    "vLLM replays CUDA graphs, in which no %s: start it with --compilation-config "
+    "vLLM replays CUDA graphs, in which no slice or checksum is taken: start it with --compilation-config "
     '\'{"cudagraph_mode": "NONE"}\' to have that, too'
 )
 UNNAMED = (
@@ -92,6 +92,8 @@ class GraphCapture:
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
         if self.replays_graphs:
             self._session.replays.listening = True
+            if self._session.replays.saving is not None:
+                self._session.replays.saving.paths.add({"": model})
             self._rounds = model.register_forward_pre_hook(
                 lambda *_: self._session.boundary.attempt("a round of vLLM's", self._begin_round, model)
             )
@@ -103,10 +105,9 @@ class GraphCapture:
         replays.listening = False
         if self._rounds is not None:
             self._rounds.remove()
-        lacking = _lacking(self._session)
-        if self.replays_graphs and lacking is not None:
-            log.warning(REPLAYED, lacking)
-            self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED % lacking))
+        if self.replays_graphs and not replays.follows:
+            log.warning(REPLAYED)
+            self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED))
 
     @property
     def replays_graphs(self) -> bool:
@@ -262,13 +263,6 @@ class Unsaved(SerializableCallable):
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> Any:
         raise pickle.UnpicklingError("what msprobe_graph captures is compiled at each start")
-
-
-def _lacking(session: Session) -> str | None:
-    """What is wanted of values that a replayed graph can't give; None if nothing is."""
-    if not session.replays.follows:
-        return "slice or checksum is taken"
-    return "tensor is saved" if session.settings.task == "tensor" else None
 
 
 def _keep(region: Region, plan_file: Path) -> None:

@@ -1,0 +1,170 @@
+"""The calls of a graph as they are called in one run: their numbers and names, and which of their values are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from msprobe_graph.config.selection import Selection
+from msprobe_graph.dump.names import api_entry, module_call, module_prefix
+from msprobe_graph.eager.context import Numbering, RunningModules
+from msprobe_graph.eager.paths import Paths
+
+from .plan import Call, Place, Plan, Ref, refs
+
+EntryPart = tuple[str, str, Any]
+"""What dump.json calls a part of an entry, what the names of tensor files call it, and the nest with `Ref`s."""
+
+
+class Names(Protocol):
+    """What names depend on: `eager.context.Context` has it, and `saving.Saving`."""
+
+    level: str
+    selection: Selection
+    numbering: Numbering
+    running: RunningModules
+    paths: Paths
+
+
+class Named(NamedTuple):
+    """A call as it is called in this run."""
+
+    prefix: str
+    number: int
+    wanted: bool
+    module: str | None
+    """The module itself, or the one in whose forward the function is called."""
+    within: int
+    """Which call of the name within that module."""
+
+    def entry(self, kind: str, direction: Any) -> str:
+        make = module_call(self.prefix, direction, self.number)
+        return make if kind == "module" else api_entry(self.prefix, self.number, direction)
+
+
+class NumberedCalls:
+    """To be made when the graph is called: the names are taken in the order of the program."""
+
+    def __init__(self, plan: Plan, names: Names, inputs: Sequence[Any]) -> None:
+        self._plan = plan
+        self._names = names
+        self._prefixes = _prefixes(plan, names, inputs)
+        self.named = self._number_calls()
+        """The calls of the plan, in its order."""
+        self.files = self._find_files()
+        """By id of a value: the starts of the names of the files it is to be saved in, None for where it is not. Values
+        that are saved nowhere are left out."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether the modules of all calls have their qualified names."""
+        return all(call.place is None or call.place.root in self._prefixes for call in self._plan.calls)
+
+    @property
+    def saved(self) -> Collection[int]:
+        """The values, by id, that files are made of."""
+        bases = (base for base, views in self._plan.reshaped.items() if not self.files.keys().isdisjoint(views))
+        return {*self.files, *bases}
+
+    def forward_parts(self, call: Call) -> list[EntryPart]:
+        selection = self._names.selection
+        if not selection.forward:
+            return []
+        parts: list[EntryPart] = []
+        if selection.inputs:
+            parts += [("input_args", "input", call.args), ("input_kwargs", "kwargs", call.kwargs)]
+        if selection.outputs:
+            parts.append(("output", "output", call.output))
+        return parts
+
+    def backward_parts(self, call: Call) -> list[EntryPart]:
+        selection = self._names.selection
+        if not selection.backward or not any(call.given):
+            return []
+        parts: list[EntryPart] = [("input", "input", call.given)] if selection.inputs else []
+        if selection.outputs:
+            parts.append(("output", "output", call.gives if any(call.gives) else []))
+        return parts
+
+    def _number_calls(self) -> list[Named]:
+        """Give every call its number, and ask whether it is wanted, in the order of the program."""
+        names, selection = self._names, self._names.selection
+        modules, apis = names.level in ("L0", "mix"), names.level in ("L1", "mix")
+        named: list[Named] = []
+        running: list[tuple[int, str]] = []
+        for call in self._plan.calls:
+            while running and running[-1][0] < call.begin:
+                selection.leave(running.pop()[1])
+            prefix = self._prefix(call)
+            number = names.numbering.next(prefix)
+            names.numbering.advance(prefix)
+            if call.kind == "module":
+                name = module_call(prefix, "forward", number)
+                selection.enter(name)
+                running.append((call.end, name))
+                wanted = modules and selection.wants_module(name)
+            else:
+                name = api_entry(prefix, number, "forward")
+                wanted = apis and selection.may_want_api(prefix) and selection.wants_api(name)
+            module = self._path(call.place)
+            within = number
+            if call.kind == "api":
+                module = names.running.top.path if module is None and names.running.top else module
+                within = names.numbering.within(prefix, module) if wanted else 0
+            named.append(Named(prefix, number, wanted, module, within))
+        for _, name in reversed(running):
+            selection.leave(name)
+        return named
+
+    def _prefix(self, call: Call) -> str:
+        return call.name if call.kind == "api" else module_prefix(self._path(call.place) or "", call.name)
+
+    def _path(self, place: Place | None) -> str | None:
+        """The qualified name of the module at `place`."""
+        if place is None:
+            return None
+        return self._names.paths.first(".".join(filter(None, (self._prefixes.get(place.root), place.path))))
+
+    def _find_files(self) -> dict[int, list[str | None]]:
+        if not self._names.selection.saves_any:
+            return {}
+        found: dict[int, list[str | None]] = {}
+        elsewhere: set[int] = set()
+        for call, named in zip(self._plan.calls, self.named, strict=True):
+            if not named.wanted:
+                continue
+            directions = (("forward", self.forward_parts), ("backward", self.backward_parts))
+            for direction, parts in directions:
+                name = named.entry(call.kind, direction)
+                saves = self._names.selection.saves(name)
+                for _, part, nest in parts(call):
+                    if saves:
+                        _add_stems(nest, f"{name}.{part}", found)
+                    else:
+                        elsewhere.update(ref.id for ref in refs(nest))
+        for ref in elsewhere & found.keys():
+            found[ref].append(None)
+        return found
+
+
+def _add_stems(nest: Any, stem: str, found: dict[int, list[str | None]]) -> None:
+    if isinstance(nest, Ref):
+        found.setdefault(nest.id, []).append(stem)
+    elif isinstance(nest, (list, dict)):
+        for key, item in nest.items() if isinstance(nest, dict) else enumerate(nest):
+            _add_stems(item, f"{stem}.{key}", found)
+
+
+def _prefixes(plan: Plan, names: Names, inputs: Sequence[Any]) -> dict[str, str]:
+    """By root: the qualified name of the module that it is in this run, told by the parameters that came in."""
+    found: dict[str, str] = {}
+    running = names.running.top.path if names.running.top is not None else None
+    for root, anchors in plan.anchors.items():
+        tensors = ((inputs[position], path) for position, path in anchors if isinstance(inputs[position], torch.Tensor))
+        prefixes = (names.paths.prefix(tensor, path, running) for tensor, path in tensors)
+        prefix = next((prefix for prefix in prefixes if prefix is not None), None)
+        if prefix is not None:
+            found[root] = prefix
+    return found
