@@ -42,7 +42,8 @@ class Pattern(Protocol):
 class Table(Protocol):
     """The rows of one step. `begin` and `end` raise nothing: what they can't do is to be done anew.
 
-    Made with `without_gradients`, calls that autograd records are like no others.
+    Made with `without_gradients`, calls that autograd records are like no others; nor is any call if, when the first is
+    looked at, `weights` don't stand.
     """
 
     def begin(
@@ -89,9 +90,6 @@ class Table(Protocol):
 
 class Probes(Protocol):
     """Tensors as they were: each a weak reference, address, elements, their size in bytes, and fingerprint."""
-
-    def stand(self) -> bool:
-        """Whether all are where they were, and have their fingerprints."""
 
 
 class Likeness(NamedTuple):
@@ -172,11 +170,13 @@ class _Part(NamedTuple):
     kind: Kind
     type: type
     object: object = None
-    """TENSOR: its dtype. WEIGHT: itself. EQUAL: the value. KEYS, FIELDS: the names."""
+    """WEIGHT: itself. EQUAL: the value. KEYS, FIELDS: the names."""
+    dtype: torch.dtype | None = None
+    """Of tensors, as all that follows."""
     size: int = 0
-    """ITEMS: how many. TENSOR: bytes of an element."""
+    """Bytes of an element; of ITEMS how many there are."""
     code: int = 0
-    """TENSOR: of its dtype, in statistics.c."""
+    """Of the dtype, in statistics.c."""
     requires_grad: bool = False
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
@@ -188,7 +188,7 @@ class _Part(NamedTuple):
 class _Extension(Protocol):
     def Pattern(self, parts: list[_Part]) -> Pattern: ...
 
-    def Table(self, without_gradients: bool) -> Table: ...
+    def Table(self, without_gradients: bool, weights: Probes | None) -> Table: ...
 
     def Probes(self, tensors: Sequence[tuple[object, int, int, int, int]]) -> Probes: ...
 
@@ -280,17 +280,17 @@ def _tensor(tensor: torch.Tensor) -> _Part | None:
     code = native.CODES.get(tensor.dtype)
     if kind not in PLAIN or code is None:
         return None
+    form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
     if kind is torch.nn.Parameter and not tensor.is_inference():
-        return _Part(Kind.WEIGHT, kind, tensor, requires_grad=tensor.requires_grad)
-    form = kind, tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
+        return _Part(Kind.WEIGHT, kind, tensor, *form)
     if tensor.is_cpu:
-        return _Part(Kind.TENSOR, *form)
+        return _Part(Kind.TENSOR, kind, None, *form)
     if not (tensor.is_cuda and has_triton()):
         return None
     from .launches import launch_of
 
     launch = launch_of(tensor)
-    return launch and _Part(Kind.ON_GPU, *form, tensor.stride(), launch)
+    return launch and _Part(Kind.ON_GPU, kind, None, *form, tensor.stride(), launch)
 
 
 def _found(nest: Any, kind: type[T]) -> Iterator[T]:

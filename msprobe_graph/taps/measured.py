@@ -12,7 +12,6 @@ counter: they are measured every time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 
 import msgspec
 import torch
@@ -33,6 +32,8 @@ class Known(msgspec.Struct, gc=False):
 
     tensor: weakref.ref[torch.Tensor]
     version: int
+    form: tuple[torch.dtype, torch.Size]
+    """Assigned to ``.data``, a weight may take another."""
     address: int
     """Of a weight's values; 0 of other tensors."""
     fingerprint: int | None
@@ -50,10 +51,8 @@ class Measured:
         self._across_steps = across_steps
         self._weights: dict[int, Known] = {}
         self._others: dict[int, Known] = {}
-        self.probed = False
+        self._probed = False
         """Whether the weights have been probed in this step."""
-        self.written = False
-        """Whether that found one that somebody had written to, unnoticed by its version counter."""
         self._probes: Probes | None = None
         """Of all weights, if they are still the same."""
 
@@ -65,7 +64,7 @@ class Measured:
             for key, known in self._others.items()
             if self._across_steps and known.fingerprint is not None and known.tensor() is not None
         }
-        self.probed = self.written = False
+        self._probed = False
 
     def lookup(self, tensor: torch.Tensor) -> Known | None:
         """What is known of `tensor` as it is now, without a record when it is new or has changed.
@@ -93,49 +92,50 @@ class Measured:
     def weight(self, tensor: torch.Tensor) -> Known | None:
         """What is known of a weight that has not changed; None otherwise, and for what is not exactly an
         nn.Parameter."""
-        if not self.probed:
-            self.probe()
+        if not self._probed:
+            self._probe()
         known = self._weights.get(id(tensor))
         if known is None or known.tensor() is not tensor or known.version != tensor._version:
+            return None
+        if known.form != (tensor.dtype, tensor.shape):
             return None
         if known.address != tensor.data_ptr():
             if known.fingerprint != fingerprint(tensor):
                 return None
             known.address = tensor.data_ptr()
+            self._probes = None
         return known
 
-    def probe(self) -> None:
+    def probes(self) -> Probes | None:
+        """What tells whether one of the weights was written to since; None without the compiled code for it."""
+        compiled = extension()
+        if self._probes is None and compiled is not None:
+            each = ((known.tensor(), known) for known in self._weights.values())
+            self._probes = compiled.Probes(
+                [
+                    (known.tensor, known.address, weight.numel(), weight.itemsize, known.fingerprint)
+                    for weight, known in each
+                    if weight is not None and known.fingerprint is not None
+                ]
+            )
+        return self._probes
+
+    def _probe(self) -> None:
         """Forget the weights that have changed. All in one go: a probe between two operators would find cold caches."""
-        self.probed = True
-        if self._probes is not None and self._probes.stand():
-            return
+        self._probed = True
         unchanged = {}
         for key, known in list(self._weights.items()):
             weight = known.tensor()
             if weight is not None and known.fingerprint == fingerprint(weight):
                 unchanged[key] = known
-            elif weight is not None and known.version == weight._version:
-                self.written = True
-        self._weights = unchanged
-        self._probes = _probes(unchanged.values())
-
-
-def _probes(weights: Iterable[Known]) -> Probes | None:
-    """None where there is no compiled code for it, or a weight can't be probed."""
-    compiled = extension()
-    if compiled is None:
-        return None
-    probes = []
-    for known in weights:
-        weight = known.tensor()
-        if weight is None or known.fingerprint is None or weight.data_ptr() != known.address:
-            return None
-        probes.append((known.tensor, known.address, weight.numel(), weight.itemsize, known.fingerprint))
-    return compiled.Probes(probes)
+        if len(unchanged) < len(self._weights):
+            self._weights, self._probes = unchanged, None
 
 
 def _remember(tensor: torch.Tensor, address: int, where: dict[int, Known]) -> Known | None:
     if tensor.is_inference():
         return None
-    known = where[id(tensor)] = Known(weakref.ref(tensor), tensor._version, address, fingerprint(tensor))
+    known = where[id(tensor)] = Known(
+        weakref.ref(tensor), tensor._version, (tensor.dtype, tensor.shape), address, fingerprint(tensor)
+    )
     return known

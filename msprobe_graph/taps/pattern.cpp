@@ -88,7 +88,8 @@ struct Launch {
 struct Part {
     Kind kind;
     Ref type;
-    Ref object;  // TENSOR: dtype; WEIGHT: it; EQUAL: the value; KEYS, FIELDS: a tuple of names
+    Ref object;  // WEIGHT: it; EQUAL: the value; KEYS, FIELDS: a tuple of names
+    Ref dtype;   // TENSOR, ON_GPU, WEIGHT
     int64_t size = 0;  // ITEMS: how many; TENSOR: bytes of an element
     int32_t code = 0;
     bool requires_grad = false;
@@ -170,17 +171,16 @@ class Match {
         }
     }
 
-    bool unchanged(const Part& part, PyObject* value) {
-        int64_t version, address;
-        return same_attribute(value, names.requires_grad, part.requires_grad ? Py_True : Py_False) &&
-               integer(Ref(PyObject_GetAttr(value, names.version)), version) && version == part.version &&
-               integer(called(value, names.data_ptr), address) && address == part.address;
-    }
-
     bool same_form(const Part& part, PyObject* value) {
-        return same_attribute(value, names.dtype, part.object.get()) &&
+        return same_attribute(value, names.dtype, part.dtype.get()) &&
                same_numbers(Ref(PyObject_GetAttr(value, names.shape)), part.shape) &&
                same_attribute(value, names.requires_grad, part.requires_grad ? Py_True : Py_False);
+    }
+
+    bool unchanged(const Part& part, PyObject* value) {
+        int64_t version, address;
+        return same_form(part, value) && integer(Ref(PyObject_GetAttr(value, names.version)), version) &&
+               version == part.version && integer(called(value, names.data_ptr), address) && address == part.address;
     }
 
     bool on_gpu(const Part& part, PyObject* value) {
@@ -241,15 +241,16 @@ struct Pattern {
 
 bool read_part(PyObject* given, Part& part) {
     int kind;
-    PyObject *type, *object, *shape, *strides, *launch;
+    PyObject *type, *object, *dtype, *shape, *strides, *launch;
     int code, requires_grad;
     long long size;
-    if (!PyArg_ParseTuple(given, "iOOLipO!O!O", &kind, &type, &object, &size, &code, &requires_grad, &PyTuple_Type,
-                          &shape, &PyTuple_Type, &strides, &launch))
+    if (!PyArg_ParseTuple(given, "iOOOLipO!O!O", &kind, &type, &object, &dtype, &size, &code, &requires_grad,
+                          &PyTuple_Type, &shape, &PyTuple_Type, &strides, &launch))
         return false;
     part.kind = static_cast<Kind>(kind);
     part.type = Ref::shared(type);
     part.object = Ref::shared(object);
+    part.dtype = Ref::shared(dtype);
     part.size = size;
     part.code = code;
     part.requires_grad = requires_grad;
@@ -301,6 +302,57 @@ struct Measured {
     size_t row;
 };
 
+// Tensors as they were when they were probed: see measured.py.
+struct Probe {
+    Ref tensor;  // a weak reference
+    int64_t address, count, size;
+    uint64_t fingerprint;
+};
+
+struct Probes {
+    PyObject_HEAD
+    std::vector<Probe> each;
+};
+
+PyObject* new_probes(PyTypeObject* type, PyObject* arguments, PyObject*) {
+    PyObject* given;
+    if (!PyArg_ParseTuple(arguments, "O!", &PyList_Type, &given)) return nullptr;
+    Probes* self = reinterpret_cast<Probes*>(type->tp_alloc(type, 0));
+    if (!self) return nullptr;
+    new (&self->each) std::vector<Probe>(PyList_GET_SIZE(given));
+    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given); at++) {
+        PyObject* tensor;
+        long long address, count, size;
+        unsigned long long found;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(given, at), "OLLLK", &tensor, &address, &count, &size, &found)) {
+            Py_DECREF(self);
+            return nullptr;
+        }
+        self->each[at] = Probe{Ref::shared(tensor), address, count, size, found};
+    }
+    return reinterpret_cast<PyObject*>(self);
+}
+
+void delete_probes(PyObject* self) {
+    reinterpret_cast<Probes*>(self)->each.~vector();
+    Py_TYPE(self)->tp_free(self);
+}
+
+// Whether all tensors are where they were, and look as they did.
+bool stand(const Probes* probes) {
+    for (const Probe& probe : probes->each) {
+        PyObject* tensor = PyWeakref_GetObject(probe.tensor.get());
+        int64_t address;
+        const bool there = tensor && tensor != Py_None && integer(called(tensor, names.data_ptr), address) &&
+                           address == probe.address;
+        if (!there || fingerprint(reinterpret_cast<void*>(address), probe.count, probe.size) != probe.fingerprint) {
+            PyErr_Clear();
+            return false;
+        }
+    }
+    return true;
+}
+
 // Rows in a GPU's memory, which one stream writes. A value's header is followed by the rows of its parts.
 struct GpuRows {
     int64_t device = -1, stream = 0, address = 0, room = 0, used = 0;
@@ -311,6 +363,8 @@ struct Table {
     PyObject_HEAD
     GpuRows gpu;
     bool without_gradients;  // calls whose gradients are recorded are to be described anew
+    Ref weights;             // Probes, until they have been looked at
+    bool weights_stand;
     std::vector<Measured> calls;
     std::vector<Row> rows;
     std::unordered_map<PyObject*, Seen> seen;
@@ -477,11 +531,14 @@ PyObject* contents(PyObject* self, PyObject*) {
 
 PyObject* new_table(PyTypeObject* type, PyObject* arguments, PyObject*) {
     int without_gradients;
-    if (!PyArg_ParseTuple(arguments, "p", &without_gradients)) return nullptr;
+    PyObject* weights;
+    if (!PyArg_ParseTuple(arguments, "pO", &without_gradients, &weights)) return nullptr;
     Table* self = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
     if (!self) return nullptr;
     new (&self->gpu) GpuRows();
     self->without_gradients = without_gradients;
+    self->weights_stand = true;
+    new (&self->weights) Ref(weights == Py_None ? nullptr : Ref::shared(weights).release());
     new (&self->calls) std::vector<Measured>();
     new (&self->rows) std::vector<Row>();
     new (&self->seen) std::unordered_map<PyObject*, Seen>();
@@ -491,60 +548,11 @@ PyObject* new_table(PyTypeObject* type, PyObject* arguments, PyObject*) {
 void delete_table(PyObject* self) {
     Table* table = reinterpret_cast<Table*>(self);
     table->gpu.~GpuRows();
+    table->weights.~Ref();
     table->calls.~vector();
     table->rows.~vector();
     table->seen.~unordered_map();
     Py_TYPE(self)->tp_free(self);
-}
-
-// Tensors as they were when they were probed: see measured.py.
-struct Probe {
-    Ref tensor;  // a weak reference
-    int64_t address, count, size;
-    uint64_t fingerprint;
-};
-
-struct Probes {
-    PyObject_HEAD
-    std::vector<Probe> each;
-};
-
-PyObject* new_probes(PyTypeObject* type, PyObject* arguments, PyObject*) {
-    PyObject* given;
-    if (!PyArg_ParseTuple(arguments, "O!", &PyList_Type, &given)) return nullptr;
-    Probes* self = reinterpret_cast<Probes*>(type->tp_alloc(type, 0));
-    if (!self) return nullptr;
-    new (&self->each) std::vector<Probe>(PyList_GET_SIZE(given));
-    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given); at++) {
-        PyObject* tensor;
-        long long address, count, size;
-        unsigned long long found;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(given, at), "OLLLK", &tensor, &address, &count, &size, &found)) {
-            Py_DECREF(self);
-            return nullptr;
-        }
-        self->each[at] = Probe{Ref::shared(tensor), address, count, size, found};
-    }
-    return reinterpret_cast<PyObject*>(self);
-}
-
-void delete_probes(PyObject* self) {
-    reinterpret_cast<Probes*>(self)->each.~vector();
-    Py_TYPE(self)->tp_free(self);
-}
-
-PyObject* stand(PyObject* self, PyObject*) {
-    for (const Probe& probe : reinterpret_cast<Probes*>(self)->each) {
-        PyObject* tensor = PyWeakref_GetObject(probe.tensor.get());
-        int64_t address;
-        const bool there = tensor && tensor != Py_None && integer(called(tensor, names.data_ptr), address) &&
-                           address == probe.address;
-        if (!there || fingerprint(reinterpret_cast<void*>(address), probe.count, probe.size) != probe.fingerprint) {
-            PyErr_Clear();
-            Py_RETURN_FALSE;
-        }
-    }
-    Py_RETURN_TRUE;
 }
 
 int instruction(PyFrameObject* frame) {
@@ -640,6 +648,12 @@ bool push(PyObject* call, PyObject* stack, const Ref& frame) {
 
 bool gradients() { return Ref(PyObject_CallNoArgs(is_grad_enabled)).get() != Py_False; }
 
+bool usable(Table* table) {
+    if (table->weights) table->weights_stand = stand(reinterpret_cast<Probes*>(table->weights.get()));
+    table->weights = Ref();
+    return table->weights_stand && !(table->without_gradients && gradients());
+}
+
 PyObject* begin(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     if (count != 6) {
         PyErr_SetString(PyExc_TypeError, "begin takes numbers, numbers within, a stack, a name, earlier calls, values");
@@ -657,7 +671,8 @@ PyObject* begin(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     PyObject* const entry = PyTuple_GET_ITEM(earlier, ENTRY);
     PyObject* const call = PyTuple_GET_ITEM(earlier, CALL);
     const Ref frame(reinterpret_cast<PyObject*>(PyFrame_GetBack(PyEval_GetFrame())));
-    bool like = frame && !(reinterpret_cast<Table*>(self)->without_gradients && gradients()) && same_module(entry, inside, call != Py_None) && same_place(earlier, inside, frame);
+    bool like = frame && usable(reinterpret_cast<Table*>(self)) && same_module(entry, inside, call != Py_None) &&
+                same_place(earlier, inside, frame);
     Ref place;
     int64_t number_within = 0;
     if (like && within != Py_None) {
@@ -737,11 +752,6 @@ PyMethodDef table_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyMethodDef probes_methods[] = {
-    {"stand", stand, METH_NOARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS, nullptr},
     {"set_up_gpu", set_up_gpu, METH_VARARGS, nullptr},
@@ -797,7 +807,6 @@ PyMODINIT_FUNC PyInit__pattern(void) {
     for (const auto& each : needed) *each.at = PyUnicode_InternFromString(each.name);
     Ref made(PyModule_Create(&module));
     table_type.tp_methods = table_methods;
-    probes_type.tp_methods = probes_methods;
     if (!made || !add_type(made.get(), pattern_type, "_pattern.Pattern", sizeof(Pattern), new_pattern, delete_pattern) ||
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
         !add_type(made.get(), probes_type, "_pattern.Probes", sizeof(Probes), new_probes, delete_probes))

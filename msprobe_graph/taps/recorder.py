@@ -73,8 +73,6 @@ class Recorder:
         self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}
         self._shared: list[Shared] = []
-        self._table = None if self._extension is None else self._extension.Table(self._without_gradients)
-        """What is measured of calls that are like those of earlier steps."""
         self._launched: LaunchedRows | None = None
         """The part of it that is on a GPU."""
         self.table: Table | None = None
@@ -85,6 +83,10 @@ class Recorder:
         self._replayed_now: ReplayedCall | None = None
         """The one of them that is being recorded."""
         self._measured.begin()
+        self._table: Table | None = None
+        """What is measured of calls that are like those of earlier steps."""
+        if self._extension is not None:
+            self._table = self._extension.Table(self._without_gradients, self._measured.probes())
         self.entries: dict[str, Entry] = {}
         """By name, in execution order."""
         self.holes: list[Hole] = []
@@ -96,9 +98,7 @@ class Recorder:
     def go_on(self, cut: Sequence[Slice], requests: Sequence[Request] = (), padding: Padding | None = None) -> None:
         """The running step goes on, with these requests in its batch."""
         self.cut, self.requests, self.padding = cut, list(requests), padding
-        if not self._measured.probed:
-            self._measured.probe()
-        self.table = None if cut or padding is not None or self._measured.written else self._table
+        self.table = None if cut or padding is not None else self._table
         if self.table is not None and self._launched is None and self._launches_on is not None:
             from .launches import LaunchedRows
 

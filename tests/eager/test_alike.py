@@ -1,0 +1,248 @@
+"""Steps whose calls are like those of the step before hold what a capture of that step alone holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from msprobe_graph import PrecisionDebugger
+from msprobe_graph.dump.reader import StepDump, read, steps
+from msprobe_graph.taps.likeness import extension
+from tests.capturing import Apply, capture_into
+
+pytestmark = pytest.mark.skipif(extension() is None, reason="there is no compiled _pattern")
+
+Program = Callable[[nn.Module, int], object]
+"""Runs the model as a step of that number does."""
+
+
+class Net(nn.Module):
+    """With a module that is called twice, a buffer, an output that is a tuple, and arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.twice = nn.Linear(6, 6, bias=False)
+        self.last = Apply(lambda x, scale=1.0, extra=None: (x * scale, x if extra is None else x + extra))
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, depth: int = 1) -> Any:
+        x = functional.relu(self.norm(self.first(x)))
+        for _ in range(depth):
+            x = self.twice(self.twice(x))
+        return self.last(x, scale=scale, extra={"a": x}["a"])
+
+
+def captured(model: nn.Module, folder: Path, level: str, programs: Iterable[Callable[[], object]]) -> list[StepDump]:
+    """Steps of one capture, each begun in the same line."""
+    debugger = PrecisionDebugger({"dump_path": str(folder), "level": level, "risk_level": "ALL"})
+    for program in programs:
+        with debugger.start(model):
+            program()
+    debugger.flush()
+    debugger.session.close()
+    return [read(each) for each in steps(folder)]
+
+
+def check(folder: Path, level: str, program: Program, count: int = 4) -> list[StepDump]:
+    """Run `count` steps in one capture, and each in a capture of its own: they hold the same."""
+    torch.manual_seed(0)
+    model, alone = Net().eval(), Net().eval()
+    alone.load_state_dict(model.state_dict())
+    found = captured(model, folder / "together", level, ((lambda n=n: program(model, n)) for n in range(count)))
+    for number, step in enumerate(found):
+        expected = capture_into(folder / f"alone{number}", alone, lambda n=number: program(alone, n), level)
+        assert step.data == expected.data
+        assert step.construct == expected.construct
+    return found
+
+
+def input_of(number: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (3, 6)), generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+def test_other_values(level: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        found = check(tmp_path, level, lambda model, n: model(input_of(n)))
+    norms = {next(step.tensors()).record["Norm"] for step in found}
+    assert len(norms) == len(found)
+
+
+AGAIN = input_of(0, 7, 6)
+PROGRAMS: dict[str, Program] = {
+    "other shapes": lambda model, n: model(input_of(n, 2 + n // 2, 6)),
+    "other arguments": lambda model, n: model(input_of(n), scale=0.5 * (n // 2)),
+    "more calls": lambda model, n: model(input_of(n), depth=1 + n % 2),
+    "not contiguous": lambda model, n: model(input_of(n, 6, 3).t() if n % 2 else input_of(n)),
+    "not finite": lambda model, n: model(torch.full((3, 6), (1.0, float("nan"), float("inf"), 2.0)[n % 4])),
+    "a tensor again": lambda model, n: model(AGAIN),
+    "float64": lambda model, n: model.to(torch.float32 if n % 2 else torch.float64)(
+        input_of(n).to(torch.float32 if n % 2 else torch.float64)
+    ),
+    "half of it only": lambda model, n: model(input_of(n)) if n % 2 else model.first(input_of(n)),
+    "empty": lambda model, n: model.first(torch.empty(0, 6)),
+}
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_other_calls(name: str, level: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        check(tmp_path, level, PROGRAMS[name], count=5)
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_inference_mode(level: str, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        check(tmp_path, level, lambda model, n: model(input_of(n)))
+
+
+def test_weights_that_are_written_to(tmp_path: Path) -> None:
+    def program(model: nn.Module, number: int) -> None:
+        assert isinstance(model, Net)
+        if number == 2:
+            model.first.weight.mul_(2)
+        if number == 3:
+            model.twice.weight.data.fill_(0.25)  # which its version counter does not see
+        if number == 5:
+            model.first.bias = nn.Parameter(torch.ones(6))
+        model(input_of(number))
+
+    with torch.no_grad():
+        check(tmp_path, "mix", program, count=7)
+
+
+def test_gradients_now_and_then(tmp_path: Path) -> None:
+    """Calls that autograd records are described anew; those without gradients in between are like earlier ones."""
+
+    def program(model: nn.Module, number: int) -> None:
+        with torch.set_grad_enabled(number % 3 == 2):
+            outputs = model(input_of(number))
+            if number % 3 == 2:
+                outputs[0].sum().backward()
+
+    found = check(tmp_path, "mix", program, count=6)
+    assert any(name.endswith("backward.0") or ".backward" in name for name in found[2].data)
+    assert not any(".backward" in name for name in found[3].data)
+
+
+def test_a_call_that_raises(tmp_path: Path) -> None:
+    """What it was given is there, and nothing of what its earlier call returned."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x[0, 0] > 1:
+            raise ValueError("too large")
+        return x + 1
+
+    model = nn.Sequential(Apply(forward))
+
+    def program(value: float) -> None:
+        with torch.no_grad(), contextlib.suppress(ValueError):
+            model(torch.full((2, 2), value))
+
+    found = captured(model, tmp_path, "L0", ((lambda v=v: program(v)) for v in (0.0, 1.0, 2.0, 0.5)))
+    name = "Module.0.Apply.forward.0"
+    assert [step.data[name].get("output") is None for step in found] == [False, False, True, False]
+    assert [step.data[name]["input_args"][0]["Max"] for step in found] == [0.0, 1.0, 2.0, 0.5]
+    assert found[3].data[name]["output"][0]["Max"] == 1.5
+
+
+def test_a_call_from_another_line_has_its_own_stack(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4)
+
+    def forward(x: torch.Tensor, way: bool) -> torch.Tensor:
+        if way:
+            return layer(x)
+        return layer(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, way: bool) -> torch.Tensor:
+            return forward(x, way)
+
+    model = Model()
+    with torch.no_grad():
+        found = captured(
+            model, tmp_path, "L0", ((lambda way=way: model(torch.ones(1, 4), way)) for way in (True, True, False, True))
+        )
+    stacks = [
+        next(frames for names, frames in step.stack.values() if "Module.layer.Linear.forward.0" in names)
+        for step in found
+    ]
+    assert stacks[0] == stacks[1] == stacks[3] != stacks[2]
+
+
+def test_one_value_in_two_places_that_part(tmp_path: Path) -> None:
+    """What was one tensor in the step before are two in this one: each record has its own."""
+    big = 256
+    model = Apply(lambda x, y: x + y)
+
+    def program(same: bool) -> None:
+        x = torch.ones(big, big)
+        model(x, x if same else torch.full((big, big), 3.0))
+
+    found = captured(model, tmp_path, "L0", ((lambda s=s: program(s)) for s in (True, True, False, True)))
+    seen = [[arg["Max"] for arg in step.data["Module.Apply.forward.0"]["input_args"]] for step in found]
+    assert seen == [[1.0, 1.0], [1.0, 1.0], [1.0, 3.0], [1.0, 1.0]]
+
+
+def test_a_large_input_of_several_steps(tmp_path: Path) -> None:
+    """One that comes back after a step with another keeps its own statistics."""
+    model = nn.Sequential(nn.ReLU())
+    inputs = [torch.full((256, 256), float(value)) for value in range(3)]
+    order = [0, 0, 1, 0, 2, 1, 0]
+    with torch.no_grad():
+        found = captured(model, tmp_path, "mix", ((lambda n=n: model(inputs[n])) for n in order))
+    assert [step.data["Module.Sequential.forward.0"]["input_args"][0]["Max"] for step in found] == order
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["x", "pair", "named"]), st.integers(1, 3), st.sampled_from([None, 1, 2.5, "a"])),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_any_order_of_calls(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, int, Any]]) -> None:
+    def program(model: nn.Module, number: int) -> None:
+        kind, rows, extra = calls[number]
+        x = input_of(number, rows, 6)
+        assert isinstance(model, Net)
+        if kind == "pair":
+            model.first(x)
+            model.last(model.first(x), extra=x)
+        elif kind == "named":
+            model.last(x, scale=2.0 if extra is None else 3.0)
+        else:
+            model(x)
+
+    with torch.no_grad():
+        check(tmp_path_factory.mktemp("calls"), "mix", program, count=len(calls))
+
+
+def test_nothing_is_described_anew_where_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That these tests test something: in the third step no value is described."""
+    from msprobe_graph.taps.recorder import Recorder
+
+    described: list[int] = []
+    value = Recorder.value
+    monkeypatch.setattr(Recorder, "value", lambda self, *args: described.append(self._number) or value(self, *args))
+    with torch.no_grad():
+        model = Net().eval()
+        captured(model, tmp_path, "mix", ((lambda n=n: model(input_of(n))) for n in range(4)))
+    assert 0 in described
+    assert described.count(2) == described.count(3) == 0
