@@ -11,13 +11,13 @@ import triton.language as tl
 from . import triton_kernels as kernels
 from .arrival import WORDS, Arrival, Shape, Slot
 from .graph_copies import GraphCopies
-from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
+from .launching import launch
+from .triton_rows import DENSE, FINISHING_WARPS, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
-FINISHING_WARPS = 2
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 """What an element of so many bytes is copied as."""
 
@@ -120,7 +120,7 @@ class GraphRows:
             self._state = state
             with torch.cuda.device(self.device):
                 self._wait()
-                kernels.set_control[(1,)](self._control, *state)
+                launch(kernels.set_control, 1, self._control, *state)
 
     def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
         count = len(self._slots)
@@ -133,7 +133,7 @@ class GraphRows:
         rows = self._state[1], self._state[2]
         self._wait()
         out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
-        kernels.finish[(count,)](self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
+        launch(kernels.finish, count, self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
         self._state = (0, *rows)

@@ -1,27 +1,21 @@
-"""The rows that calls like earlier ones have on a GPU: pattern.cpp launches the kernel that measures them itself.
-
-A launch by Triton's own means takes ten times as long as one by the driver's function. So the kernel is compiled by
-Triton once for each way in which tensors lie in memory, and launched by its handle from then on.
-"""
+"""The rows that calls like earlier ones have on a GPU: pattern.cpp launches the kernel that measures them itself."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from . import triton_kernels as kernels
 from .arrival import WORDS
-from .triton_rows import KINDS, WARPS, layout, meaning, parts
+from .launching import launch
+from .triton_rows import FINISHING_WARPS, KINDS, WARPS, layout, meaning, measuring, parts
 
 if TYPE_CHECKING:
     from .likeness import Table
     from .row_memory import RowMemory
-
-PARAMETERS = 14
-"""Of `measure_one`, without `meaning`."""
 
 
 class Launch(NamedTuple):
@@ -44,73 +38,27 @@ class Launch(NamedTuple):
     layout: tuple[int, ...]
 
 
-class Handle(NamedTuple):
-    """A compiled kernel, as the driver knows it."""
-
-    function: int
-    shared: int
-    threads: int
-    nulls: int
-
-
 def launch_of(tensor: torch.Tensor) -> Launch | None:
-    """How tensors that lie on a GPU like this one are measured; None where only Triton can launch what does it."""
-    kind = KINDS.get(tensor.dtype)
-    if kind is None or not tensor.numel() or tensor.is_neg() or not _set_up():
+    """How tensors that lie on a GPU like this one, which was measured just now, are measured; None where only Triton
+    can launch what does it."""
+    kind, lies = KINDS.get(tensor.dtype), layout(tensor)
+    if kind is None or lies is None or not tensor.numel() or tensor.is_neg():
         return None
-    lies = layout(tensor)
-    if lies is None:
+    table = meaning(tensor.dtype, tensor.device) if kind.bytes else None
+    number_of_parts, each = parts(tensor.numel(), kind.block)
+    with torch.cuda.device(tensor.device):
+        arguments = measuring(tensor, kind, table, _any_rows(tensor.device), each, number_of_parts, 0, lies)
+        kernel = launch.kernel(kernels.measure_one, *arguments, STRIDED=lies.strided, **kind.constants, num_warps=WARPS)
+    if kernel is None:
         return None
     alignment = 16 if tensor.data_ptr() % 16 == 0 else tensor.itemsize
-    handle = _compiled(tensor.device, tensor.dtype, lies.strided, alignment == 16)
-    if handle is None:
-        return None
-    address = meaning(tensor.dtype, tensor.device).data_ptr() if kind.bytes else 0
-    return Launch(tensor.device.index, *handle, address, *parts(tensor.numel(), kind.block), alignment, lies[1:])
+    address = 0 if table is None else table.data_ptr()
+    return Launch(tensor.device.index, *kernel, address, number_of_parts, each, alignment, lies[1:])
 
 
 @functools.cache
-def _compiled(device: torch.device, dtype: torch.dtype, strided: int, aligned: bool) -> Handle | None:
-    kind = KINDS[dtype]
-    sample = torch.empty(64, dtype=kind.view or dtype, device=device)[0 if aligned else 1 :]
-    table = meaning(dtype, device) if kind.bytes else None
-    rows = torch.empty((1, 8), dtype=torch.int64, device=device)
-    with torch.cuda.device(device):
-        compiled = kernels.measure_one.warmup(
-            sample, table, rows, *(0,) * (PARAMETERS - 2), STRIDED=strided, **kind.constants, num_warps=WARPS,
-            grid=(1,),
-        )  # fmt: skip
-        return _handle(compiled, PARAMETERS + (table is not None))
-
-
-def _handle(compiled: Any, parameters: int) -> Handle | None:
-    """None where the kernel's parameters are not the given number and null pointers behind them."""
-    compiled._init_handles()
-    head = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
-    nulls = head.count(".param") - parameters
-    if nulls not in (0, 1, 2) or compiled.metadata.num_ctas != 1:
-        return None
-    return Handle(compiled.function, compiled.metadata.shared, compiled.metadata.num_warps * 32, nulls)
-
-
-@functools.cache
-def _set_up() -> bool:
-    from .likeness import extension
-
-    compiled = extension()
-    try:
-        launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    except (OSError, AttributeError):
-        return False
-    if compiled is None:
-        return False
-    compiled.set_up_gpu(
-        ctypes.cast(launch, ctypes.c_void_p).value or 0,
-        torch._C._cuda_getCurrentRawStream,
-        torch._C._cuda_getDevice,
-        torch._C._cuda_isCurrentStreamCapturing,
-    )
-    return True
+def _any_rows(device: torch.device) -> torch.Tensor:
+    return torch.empty((1, 8), dtype=torch.int64, device=device)
 
 
 class LaunchedRows:
@@ -139,7 +87,7 @@ class LaunchedRows:
         device = self._stream.device
         where = self._memory.headers(headers, device)
         out = torch.empty((len(where), WORDS), dtype=torch.int64, device=device)
-        kernels.finish[(len(where),)](self._chunk, where, out, None, num_warps=2)
+        launch(kernels.finish, len(where), self._chunk, where, out, None, num_warps=FINISHING_WARPS)
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
         event = torch.Event(device)

@@ -196,6 +196,10 @@ class _Extension(Protocol):
 
     def set_up_gpu(self, *functions: object) -> None: ...
 
+    def launch(self, kernel: tuple[int, int, int, int], grid: int, stream: int, *parameters: int) -> bool:
+        """Launch a `launching.Kernel` on the current device; False if the driver refuses. `parameters` are pointers and
+        int64s."""
+
     def stack_key(self, frame: FrameType, end: FrameType | None) -> bytes | None:
         """Code objects and instructions of the frames up to but without `end`; None where that is not among them."""
 

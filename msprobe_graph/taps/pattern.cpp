@@ -727,6 +727,23 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     Py_RETURN_NONE;
 }
 
+PyObject* launch_kernel(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    long long function, shared, threads, nulls, grid, stream;
+    if (count < 3 || !PyTuple_Check(arguments[0]) ||
+        !PyArg_ParseTuple(arguments[0], "LLLL", &function, &shared, &threads, &nulls))
+        return nullptr;
+    grid = PyLong_AsLongLong(arguments[1]);
+    stream = PyLong_AsLongLong(arguments[2]);
+    std::vector<int64_t> values(count - 3 + nulls);
+    std::vector<void*> parameters(values.size());
+    for (Py_ssize_t at = 3; at < count; at++) values[at - 3] = PyLong_AsLongLong(arguments[at]);
+    for (size_t at = 0; at < values.size(); at++) parameters[at] = &values[at];
+    if (PyErr_Occurred()) return nullptr;
+    const int code = cu_launch_kernel(reinterpret_cast<void*>(function), grid, 1, 1, threads, 1, 1, shared,
+                                      reinterpret_cast<void*>(stream), parameters.data(), nullptr);
+    return PyBool_FromLong(!code);
+}
+
 PyObject* set_up_gpu(PyObject*, PyObject* arguments) {
     unsigned long long launch_at;
     if (!PyArg_ParseTuple(arguments, "KOOO", &launch_at, &current_stream, &current_device, &is_capturing))
@@ -754,6 +771,7 @@ PyMethodDef table_methods[] = {
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS, nullptr},
+    {"launch", fast(launch_kernel), METH_FASTCALL, nullptr},
     {"set_up_gpu", set_up_gpu, METH_VARARGS, nullptr},
     {"stack_key", fast(stack_key), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

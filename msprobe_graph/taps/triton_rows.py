@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import triton_kernels as kernels
 from .arrival import WORDS
+from .launching import launch
 from .native import BYTE_DTYPES
 from .row_memory import RowMemory
 from .statistics import ROW
@@ -18,6 +19,7 @@ from .statistics import ROW
 MOST_PARTS = 264
 """Of one value: two programs for each multiprocessor of an H200, which read as fast as its memory gives."""
 WARPS = 8
+FINISHING_WARPS = 2
 
 
 class Kind(NamedTuple):
@@ -120,6 +122,22 @@ def meaning(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)  # waits for nothing, whenever it is needed first
 
 
+def measuring(
+    tensor: torch.Tensor,
+    kind: Kind,
+    table: torch.Tensor | None,
+    rows: torch.Tensor,
+    each: int,
+    number_of_parts: int,
+    header: int,
+    lies: Layout,
+) -> tuple[torch.Tensor | int | None, ...]:
+    """The arguments of `kernels.measure_one`."""
+    if kind.view is not None:
+        tensor = tensor.view(kind.view)
+    return tensor, table, rows, tensor.numel(), each, number_of_parts, header, 0, *lies[1:]
+
+
 class TritonRows:
     """The rows of one step that one stream of a GPU writes: the one that is current where they are made. Nothing here
     waits for it but `fetch`."""
@@ -139,8 +157,6 @@ class TritonRows:
         """Measure a tensor of this device, of a dtype in KINDS and with at least one element; its number."""
         kind = KINDS[tensor.dtype]
         table = meaning(tensor.dtype, self.device) if kind.bytes else None
-        if kind.view is not None:
-            tensor = tensor.view(kind.view)
         lies = layout(tensor)
         if lies is None:
             tensor, lies = tensor.contiguous(), DENSE
@@ -152,10 +168,10 @@ class TritonRows:
         count = tensor.numel()
         number_of_parts, each = parts(count, kind.block)
         chunk, header = self._take(number_of_parts + 1)
-        kernels.measure_one[(number_of_parts,)](
-            tensor, table, chunk, count, each, number_of_parts, header, 0, *lies[1:],
-            STRIDED=lies.strided, **kind.constants, num_warps=WARPS,
-        )  # fmt: skip
+        arguments = measuring(tensor, kind, table, chunk, each, number_of_parts, header, lies)
+        launch(
+            kernels.measure_one, number_of_parts, *arguments, STRIDED=lies.strided, **kind.constants, num_warps=WARPS
+        )
         self._headers.append((len(self._chunks) - 1, header))
 
     def seal(self, finished: bool = False) -> None:
@@ -181,7 +197,8 @@ class TritonRows:
             while end < count and self._headers[end][0] == at:
                 end += 1
             if end > begin:
-                kernels.finish[(end - begin,)](chunk, headers[begin:end], out[begin:end], None, num_warps=2)
+                arguments = chunk, headers[begin:end], out[begin:end], None
+                launch(kernels.finish, end - begin, *arguments, num_warps=FINISHING_WARPS)
             begin = end
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)

@@ -257,8 +257,12 @@ def check_copied(step: Step, slot: Slot, expected: torch.Tensor) -> None:
     found = step.arrival.copy(step[slot], expected.dtype)
     assert found is not None
     assert found.shape == expected.shape
-    there = expected.contiguous().reshape(-1).view(torch.uint8)
-    assert torch.equal(found.contiguous().reshape(-1).view(torch.uint8), there)
+    assert torch.equal(_bytes(found), _bytes(expected))
+
+
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    """Its values in row-major order; `contiguous` would leave the strides of one element as they are."""
+    return value.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 @every_dtype
