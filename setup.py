@@ -2,6 +2,8 @@
 
 from setuptools import Extension, find_packages, setup
 
+PATTERN = ("calls", "likeness", "probes", "python", "rows", "stacks")
+
 setup(
     # The top-level folder eager/ is installed as msprobe_graph.eager: site-packages gets no package called "eager".
     packages=[
@@ -22,7 +24,8 @@ setup(
         # Plain C++ of CPython's, no torch headers. Without it calls are described anew in each step.
         Extension(
             "msprobe_graph.taps._pattern",
-            sources=["msprobe_graph/taps/pattern.cpp"],
+            sources=["msprobe_graph/taps/pattern/pattern.cpp"],
+            depends=[f"msprobe_graph/taps/pattern/{name}.h" for name in PATTERN],
             extra_compile_args=["-O3", "-std=c++17"],
             language="c++",
             optional=True,

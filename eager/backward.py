@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from msprobe_graph.dump.names import module_entry, module_prefix
@@ -69,9 +70,10 @@ class Backward:
             node.register_hook(self._tap(name, self._module_run, call, node))
 
     def parameter_hooks(self, path: str, cls: str, module: nn.Module) -> Iterator[RemovableHandle]:
-        """Hooks that record each own parameter's gradient once it is accumulated."""
+        """Hooks that record each own parameter's gradient once it is accumulated. A lazy parameter, which has no value
+        before the first call, can't have one."""
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                 hook = partial(
                     self._run, None, f"{path}.{name} gradient", partial(self._parameter_done, path, cls, name)
                 )

@@ -1,4 +1,4 @@
-"""The rows that calls like earlier ones have on a GPU: pattern.cpp launches the kernel that measures them itself."""
+"""The rows that calls like earlier ones have on a GPU: rows.h launches the kernel that measures them itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Launch(NamedTuple):
-    """How one tensor is measured; pattern.cpp has the same order."""
+    """How one tensor is measured; likeness.h has the same order."""
 
     device: int
     function: int

@@ -16,7 +16,7 @@ from .likeness import extension
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel, as the driver knows it; pattern.cpp has the same order."""
+    """A compiled kernel, as the driver knows it; pattern.cpp reads it in this order."""
 
     function: int
     shared: int
@@ -71,13 +71,15 @@ def _parameters(arguments: tuple[torch.Tensor | int | None, ...]) -> list[int]:
 
 
 def _kernel(compiled: Any, parameters: int) -> Kernel | None:
-    """None where the kernel's parameters are not the given number and, behind them, at most two pointers of
-    Triton's."""
+    """None where the kernel's parameters are not the given number and, behind them, at most two pointers of Triton's to
+    memory that it doesn't use."""
     head = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
     nulls = head.count(".param") - parameters
-    if nulls not in (0, 1, 2) or compiled.metadata.num_ctas != 1:
+    metadata = compiled.metadata
+    scratch = getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0)
+    if nulls not in (0, 1, 2) or scratch or metadata.num_ctas != 1:
         return None
-    return Kernel(compiled.function, compiled.metadata.shared, compiled.metadata.num_warps * 32, nulls)
+    return Kernel(compiled.function, metadata.shared, metadata.num_warps * 32, nulls)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 From step to step most calls of a model differ in nothing but numbers. So what the values of a call were like is kept: a
 `Likeness`. Where the values of a later call are found to be like them, its tensors are measured without being described
-anew. The code that compares and measures, pattern.cpp, is optional: without it each call is described anew.
+anew. The code that compares and measures, in pattern/, is optional: without it each call is described anew.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 import torch
+from torch.nn.parameter import is_lazy
 
 from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import Entry, TensorRecord
@@ -120,7 +121,7 @@ class Anchor(Protocol):
 
 
 class EarlierCall(NamedTuple):
-    """A call as it was in an earlier step; pattern.cpp has the same order."""
+    """A call as it was in an earlier step; calls.h has the same order."""
 
     entry: Entry
     inputs: Likeness
@@ -138,7 +139,7 @@ class EarlierCall(NamedTuple):
 
 
 class Kind(IntEnum):
-    """What is looked at of a value; pattern.cpp has the same order."""
+    """What is looked at of a value; likeness.h has the same order."""
 
     TENSOR = 0
     """A plain tensor in the CPU's memory of the same dtype, shape and requires_grad. It is measured."""
@@ -165,7 +166,7 @@ def anything(kind: type) -> Likeness | None:
 
 
 class _Part(NamedTuple):
-    """One line of a pattern, as pattern.cpp reads it."""
+    """One line of a pattern, as likeness.h reads it."""
 
     kind: Kind
     type: type
@@ -206,7 +207,7 @@ class _Extension(Protocol):
 
 @functools.cache
 def extension() -> _Extension | None:
-    """The compiled pattern.cpp; None without it."""
+    """The compiled code in pattern/; None without it."""
     library = native.library()
     try:
         found = cast("_Extension", importlib.import_module("._pattern", __package__))
@@ -269,7 +270,7 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor 
     if children is None:
         described = describe(value)
         by_type = described is not None and all(each is None for key, each in described.items() if key != "type")
-        yield _Part(Kind.TYPE if by_type else Kind.EQUAL, kind, value), None
+        yield _Part(Kind.TYPE, kind) if by_type else _Part(Kind.EQUAL, kind, value), None
         return
     if isinstance(value, (list, tuple)):
         yield _Part(Kind.ITEMS, kind, size=len(value)), None
@@ -282,11 +283,13 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor 
 def _tensor(tensor: torch.Tensor) -> _Part | None:
     kind = type(tensor)
     code = native.CODES.get(tensor.dtype)
-    if kind not in PLAIN or code is None:
+    if code is None:
         return None
     form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
-    if kind is torch.nn.Parameter and not tensor.is_inference():
+    if is_weight(tensor) and not tensor.is_inference():
         return _Part(Kind.WEIGHT, kind, tensor, *form)
+    if kind not in PLAIN or tensor.numel() >= native.LARGE:
+        return None
     if tensor.is_cpu:
         return _Part(Kind.TENSOR, kind, None, *form)
     if not (tensor.is_cuda and has_triton()):
@@ -306,6 +309,11 @@ def _found(nest: Any, kind: type[T]) -> Iterator[T]:
     if children is not None:
         for child in children.values() if isinstance(children, Mapping) else children:
             yield from _found(child, kind)
+
+
+def is_weight(tensor: torch.Tensor) -> bool:
+    """Whether it is an nn.Parameter, or of a class made from that, as vLLM's are, and has a value yet."""
+    return issubclass(type(tensor), torch.nn.Parameter) and not is_lazy(tensor)
 
 
 def contents(value: Any) -> Sequence[Any] | Mapping[Any, Any] | None:

@@ -19,7 +19,7 @@ import torch
 from msprobe_graph.dump.records import TensorRecord
 from msprobe_graph.dump.saved import Saved
 
-from .likeness import Probes, extension
+from .likeness import Probes, extension, is_weight
 from .native import fingerprint
 
 WORTH_REMEMBERING = 128 * 1024
@@ -71,7 +71,7 @@ class Measured:
 
         None when it isn't remembered: too small to be worth it, or without a version counter.
         """
-        if type(tensor) is torch.nn.Parameter:
+        if is_weight(tensor):
             known = self.weight(tensor)
             if known is None:
                 known = _remember(tensor, tensor.data_ptr(), self._weights)
@@ -90,8 +90,7 @@ class Measured:
         return _remember(tensor, 0, self._others)
 
     def weight(self, tensor: torch.Tensor) -> Known | None:
-        """What is known of a weight that has not changed; None otherwise, and for what is not exactly an
-        nn.Parameter."""
+        """What is known of a weight that has not changed; None otherwise, and for what is no weight."""
         if not self._probed:
             self._probe()
         known = self._weights.get(id(tensor))

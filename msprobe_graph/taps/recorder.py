@@ -22,7 +22,7 @@ from msprobe_graph.dump.writer import Writer
 from .alike import AlikeInStep, LastText
 from .checksum import crc32, xor_checksum
 from .copied import Copied, CopiedInStep
-from .likeness import MAX_DEPTH, Likeness, Table, anything, contents, extension, likeness
+from .likeness import MAX_DEPTH, Likeness, Table, anything, contents, extension, is_weight, likeness
 from .measured import Known, Measured
 from .padding import Padding
 from .replayed import ReplayedCall, ReplayedValue, ReplayInStep
@@ -250,7 +250,7 @@ class Recorder:
             if before is None or before.requires_grad != tensor.requires_grad:
                 record = self._read(tensor, stem)
                 known.record = record if record.reason is msgspec.UNSET else None
-            elif self._table is not None and type(tensor) is not torch.nn.Parameter:
+            elif self._table is not None and not is_weight(tensor):
                 # Calls that are like this one may be given another tensor.
                 record = msgspec.structs.replace(before)
                 self._shared.append((before, record, None))

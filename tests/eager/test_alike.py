@@ -246,3 +246,31 @@ def test_nothing_is_described_anew_where_nothing_changes(tmp_path: Path, monkeyp
         captured(model, tmp_path, "mix", ((lambda n=n: model(input_of(n))) for n in range(4)))
     assert 0 in described
     assert described.count(2) == described.count(3) == 0
+
+
+class OwnParameter(nn.Parameter):
+    """As vLLM's parameters are: of a class of their own."""
+
+
+def test_a_parameter_of_its_own_class(tmp_path: Path) -> None:
+    def program(model: nn.Module, number: int) -> None:
+        assert isinstance(model, Net)
+        if type(model.first.weight) is nn.Parameter:
+            model.first.weight = OwnParameter(model.first.weight.detach().clone())
+        if number == 3:
+            model.first.weight.add_(1)
+        model(input_of(number))
+
+    with torch.no_grad():
+        check(tmp_path, "mix", program, count=5)
+
+
+def test_a_lazy_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(4))
+    with torch.no_grad():
+        found = captured(model, tmp_path, "mix", ((lambda n=n: model(input_of(n))) for n in range(3)))
+    for number, step in enumerate(found):
+        assert step.data["Functional.linear.0.forward"]["output"][0]["Norm"] == pytest.approx(
+            model(input_of(number)).double().norm().item(), rel=1e-6
+        )

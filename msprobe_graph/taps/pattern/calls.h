@@ -1,0 +1,129 @@
+#pragma once
+
+// Calls that begin and end like those of earlier steps: what Table.begin and Table.end do, as likeness.py says.
+
+#include <cstring>
+
+#include "rows.h"
+#include "stacks.h"
+
+namespace {
+
+// The fields of likeness.EarlierCall.
+enum Earlier { ENTRY, INPUTS, OUTPUTS, ANCHOR, CALL };
+
+bool equal(PyObject* one, PyObject* other) {
+    return one == other || (one && other && PyObject_RichCompareBool(one, other, Py_EQ) == 1);
+}
+
+// Whether `earlier` was called from the same place: in the same module's call, and over the same frames from there.
+bool same_place(PyObject* earlier, PyObject* inside, const Ref& frame) {
+    PyObject* const known = PyTuple_GET_ITEM(earlier, ANCHOR);
+    if (known == Py_None) return true;  // stacks are not wanted
+    Ref stack = Ref::shared(Py_None), end = Ref::shared(Py_None);
+    if (inside) {
+        const Ref anchor(PyObject_GetAttr(inside, names.anchor));
+        if (!anchor) return false;
+        stack = Ref(PyObject_GetAttr(anchor.get(), names.stack));
+        end = Ref(PyObject_GetAttr(anchor.get(), names.frame));
+    }
+    const Ref outer(PyObject_GetAttr(known, names.outer)), walked(PyObject_GetAttr(known, names.walk));
+    if (outer.get() != stack.get() || !walked || !PyBytes_Check(walked.get())) return false;
+    std::vector<int64_t> key;
+    return walk(Ref::shared(frame.get()), end.get(), key) &&
+           PyBytes_GET_SIZE(walked.get()) == static_cast<Py_ssize_t>(key.size() * sizeof key[0]) &&
+           !std::memcmp(PyBytes_AS_STRING(walked.get()), key.data(), key.size() * sizeof key[0]);
+}
+
+// Whether a call inside of the running module call `inside` is in the module, and has the parent, of an entry.
+bool same_module(PyObject* entry, PyObject* inside, bool is_module) {
+    const Ref parent(PyObject_GetAttr(entry, names.parent));
+    const Ref name = inside ? Ref(PyObject_GetAttr(inside, names.name)) : Ref::shared(Py_None);
+    if (!equal(parent.get(), name.get())) return false;
+    if (is_module) return true;  // whose own path it is
+    const Ref module(PyObject_GetAttr(entry, names.module));
+    const Ref path = inside ? Ref(PyObject_GetAttr(inside, names.path)) : Ref::shared(Py_None);
+    return equal(module.get(), path.get());
+}
+
+// The next number in `numbers` of `key`, which is 0 where there is none; -1 with an exception set.
+int64_t next_number(PyObject* numbers, PyObject* key) {
+    PyObject* const number = PyDict_GetItemWithError(numbers, key);
+    if (number) return PyLong_AsLongLong(number);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+bool count_on(PyObject* numbers, PyObject* key, int64_t number) {
+    const Ref next(PyLong_FromLongLong(number + 1));
+    return next && !PyDict_SetItem(numbers, key, next.get());
+}
+
+// The module call begins, and is from now on the innermost of those that run.
+bool push(PyObject* call, PyObject* stack, const Ref& frame) {
+    PyObject *type, *value, *traceback;
+    PyErr_GetExcInfo(&type, &value, &traceback);
+    const Ref types(type), handled(value ? value : none()), traces(traceback);
+    const Ref anchor(PyObject_GetAttr(call, names.anchor));
+    return anchor && (anchor.get() == Py_None || !PyObject_SetAttr(anchor.get(), names.frame, frame.get())) &&
+           !PyObject_SetAttr(call, names.before, handled.get()) && !PyList_Append(stack, call);
+}
+
+bool gradients() { return Ref(PyObject_CallNoArgs(is_grad_enabled)).get() != Py_False; }
+
+bool usable(Table* table) {
+    if (table->weights) table->weights_stand = stand(reinterpret_cast<Probes*>(table->weights.get()));
+    table->weights = Ref();
+    return table->weights_stand && !(table->without_gradients && gradients());
+}
+
+PyObject* begin(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 6) {
+        PyErr_SetString(PyExc_TypeError, "begin takes numbers, numbers within, a stack, a name, earlier calls, values");
+        return nullptr;
+    }
+    PyObject *const numbers = arguments[0], *const within = arguments[1], *const stack = arguments[2];
+    PyObject *const name = arguments[3], *const given = arguments[5];
+    const int64_t number = next_number(numbers, name);
+    const Ref key(PyLong_FromLongLong(number));
+    PyObject* const earlier = key ? PyDict_GetItemWithError(arguments[4], key.get()) : nullptr;
+    if (!earlier) return unlike();
+    const Ref keep = Ref::shared(earlier);
+    const Py_ssize_t depth = PyList_GET_SIZE(stack);
+    PyObject* const inside = depth ? PyList_GET_ITEM(stack, depth - 1) : nullptr;
+    PyObject* const entry = PyTuple_GET_ITEM(earlier, ENTRY);
+    PyObject* const call = PyTuple_GET_ITEM(earlier, CALL);
+    const Ref frame(reinterpret_cast<PyObject*>(PyFrame_GetBack(PyEval_GetFrame())));
+    bool like = frame && usable(reinterpret_cast<Table*>(self)) && same_module(entry, inside, call != Py_None) &&
+                same_place(earlier, inside, frame);
+    Ref place;
+    int64_t number_within = 0;
+    if (like && within != Py_None) {
+        const Ref module(PyObject_GetAttr(entry, names.module)), expected(PyObject_GetAttr(entry, names.number));
+        place = Ref(PyTuple_Pack(2, name, module.get()));
+        number_within = place ? next_number(within, place.get()) : -1;
+        like = expected && PyLong_AsLongLong(expected.get()) == number_within;
+    }
+    like = like && measure(reinterpret_cast<Table*>(self), PyTuple_GET_ITEM(earlier, INPUTS), given);
+    const bool counted =
+        like && count_on(numbers, name, number) && (!place || count_on(within, place.get(), number_within));
+    if (!counted || (call != Py_None && !push(call, stack, frame))) return unlike();
+    return Ref::shared(earlier).release();
+}
+
+PyObject* end(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "end takes entries, an earlier call, what it returned and parameters");
+        return nullptr;
+    }
+    PyObject *const entries = arguments[0], *const earlier = arguments[1], *const parameters = arguments[3];
+    const Ref outputs = PyTuple_Check(arguments[2]) ? Ref::shared(arguments[2]) : Ref(PyTuple_Pack(1, arguments[2]));
+    const Ref values(outputs ? PyTuple_Pack(2, outputs.get(), parameters) : nullptr);
+    if (!values || !measure(reinterpret_cast<Table*>(self), PyTuple_GET_ITEM(earlier, OUTPUTS), values.get()))
+        return unlike();
+    PyObject* const entry = PyTuple_GET_ITEM(earlier, ENTRY);
+    const Ref name(PyObject_GetAttr(entry, names.name));
+    if (!name || PyDict_SetItem(entries, name.get(), entry)) return unlike();
+    return Ref::shared(Py_True).release();
+}
+
+}  // namespace

@@ -1,0 +1,105 @@
+#pragma once
+
+// Python's objects, owned, and the names by which they are asked.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// Owns one reference.
+class Ref {
+  public:
+    Ref() = default;
+    explicit Ref(PyObject* owned) : object(owned) {}
+    Ref(const Ref&) = delete;
+    Ref(Ref&& other) noexcept : object(other.object) { other.object = nullptr; }
+    Ref& operator=(Ref&& other) noexcept {
+        std::swap(object, other.object);
+        return *this;
+    }
+    ~Ref() { Py_XDECREF(object); }
+    static Ref shared(PyObject* borrowed) {
+        Py_XINCREF(borrowed);
+        return Ref(borrowed);
+    }
+    PyObject* get() const { return object; }
+    PyObject* release() { return std::exchange(object, nullptr); }
+    explicit operator bool() const { return object != nullptr; }
+
+  private:
+    PyObject* object = nullptr;
+};
+
+PyObject* none() { return Ref::shared(Py_None).release(); }
+
+// Names of attributes, made once.
+struct Names {
+    PyObject *dtype, *shape, *requires_grad, *is_cpu, *is_contiguous, *is_neg, *data_ptr, *stride, *version;
+    PyObject *get_device, *is_inference, *enter, *exit;
+    PyObject *anchor, *before, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
+} names;
+
+bool integer(Ref value, int64_t& out) {
+    if (!value) return false;
+    out = PyLong_AsLongLong(value.get());
+    return out != -1 || !PyErr_Occurred();
+}
+
+bool same_attribute(PyObject* of, PyObject* name, PyObject* expected) {
+    Ref found(PyObject_GetAttr(of, name));
+    return found.get() == expected;
+}
+
+Ref called(PyObject* of, PyObject* name) { return Ref(PyObject_CallMethodNoArgs(of, name)); }
+
+bool same_numbers(const Ref& found, const std::vector<int64_t>& expected) {
+    if (!found || !PyTuple_Check(found.get()) || PyTuple_GET_SIZE(found.get()) != (Py_ssize_t)expected.size())
+        return false;
+    for (size_t at = 0; at < expected.size(); at++)
+        if (PyLong_AsLongLong(PyTuple_GET_ITEM(found.get(), at)) != expected[at]) return false;
+    return true;
+}
+
+// The end of what serves the model's own calls: whatever went wrong, they are described anew.
+PyObject* unlike() {
+    PyErr_Clear();
+    return none();
+}
+
+void make_names() {
+    const struct {
+        PyObject** at;
+        const char* name;
+    } needed[] = {{&names.dtype, "dtype"},
+                  {&names.shape, "shape"},
+                  {&names.requires_grad, "requires_grad"},
+                  {&names.is_cpu, "is_cpu"},
+                  {&names.is_contiguous, "is_contiguous"},
+                  {&names.is_neg, "is_neg"},
+                  {&names.data_ptr, "data_ptr"},
+                  {&names.stride, "stride"},
+                  {&names.version, "_version"},
+                  {&names.get_device, "get_device"},
+                  {&names.is_inference, "is_inference"},
+                  {&names.anchor, "anchor"},
+                  {&names.before, "before"},
+                  {&names.enter, "__enter__"},
+                  {&names.exit, "__exit__"},
+                  {&names.frame, "frame"},
+                  {&names.module, "module"},
+                  {&names.name, "name"},
+                  {&names.number, "number"},
+                  {&names.outer, "outer"},
+                  {&names.parent, "parent"},
+                  {&names.path, "path"},
+                  {&names.stack, "stack"},
+                  {&names.walk, "walk"}};
+    for (const auto& each : needed) *each.at = PyUnicode_InternFromString(each.name);
+}
+
+}  // namespace

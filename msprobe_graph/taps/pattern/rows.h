@@ -1,0 +1,188 @@
+#pragma once
+
+// The rows of one step, and how values are measured into them: on the CPU by statistics.c, on a GPU by a kernel.
+
+#include <unordered_map>
+
+#include "likeness.h"
+#include "probes.h"
+
+namespace {
+
+// A row of statistics, as statistics.c writes it.
+struct Row {
+    int64_t words[8];
+};
+
+typedef void Dense(const void* data, int64_t count, int32_t dtype, Row* row);
+typedef void Strided(const void* data, int32_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                     Row* row);
+Dense* dense;
+Strided* strided;
+
+// torch's own: how many function modes are on, the context that hides from them, and whether gradients are recorded.
+PyObject *modes_on, *disable_modes, *is_grad_enabled;
+
+// The driver's cuLaunchKernel, and torch's current stream of a device, current device, and whether it is captured.
+typedef int CuLaunchKernel(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                           void* stream, void** parameters, void** extra);
+CuLaunchKernel* cu_launch_kernel;
+PyObject *current_stream, *current_device, *is_capturing;
+
+constexpr int64_t WORTH_REMEMBERING = 8 * 1024;  // bytes; less is measured again in the time that it takes to look it up
+
+// A tensor that was measured into a row, as it was then.
+struct Seen {
+    Ref tensor;  // a weak reference
+    int64_t version;
+    size_t row;
+};
+
+// Values that were measured: what they are like, and the first of their rows.
+struct Measured {
+    Ref likeness;
+    size_t row;
+};
+
+// Rows in a GPU's memory, which one stream writes. A value's header is followed by the rows of its parts.
+struct GpuRows {
+    int64_t device = -1, stream = 0, address = 0, room = 0, used = 0;
+    std::vector<int64_t> headers;  // of each value: which row
+};
+
+struct Table {
+    PyObject_HEAD
+    GpuRows gpu;
+    bool without_gradients;  // calls whose gradients are recorded are to be described anew
+    Ref weights;             // Probes, until they have been looked at
+    bool weights_stand;
+    std::vector<Measured> calls;
+    std::vector<Row> rows;
+    std::unordered_map<PyObject*, Seen> seen;
+};
+
+// The number of the row of a large tensor that was measured before and is as it was; else -1.
+int64_t seen_before(const Table* table, const Leaf& leaf) {
+    if (leaf.count * leaf.part->size < WORTH_REMEMBERING) return -1;
+    const auto found = table->seen.find(leaf.tensor);
+    if (found == table->seen.end() || PyWeakref_GetObject(found->second.tensor.get()) != leaf.tensor) return -1;
+    int64_t version;
+    const bool known = integer(Ref(PyObject_GetAttr(leaf.tensor, names.version)), version);
+    PyErr_Clear();
+    return known && version == found->second.version ? static_cast<int64_t>(found->second.row) : -1;
+}
+
+void remember(Table* table, PyObject* tensor, size_t row) {
+    int64_t version;
+    if (called(tensor, names.is_inference).get() == Py_False && integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {  // which tensors of inference mode lack
+        Ref weak(PyWeakref_NewRef(tensor, nullptr));
+        if (weak) table->seen[tensor] = Seen{std::move(weak), version, row};
+    }
+    PyErr_Clear();
+}
+
+bool read_strided(const Leaf& leaf, Row* row) {
+    const Ref stride = called(leaf.tensor, names.stride);
+    if (!stride || !PyTuple_Check(stride.get())) return false;
+    std::vector<int64_t> strides;
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(stride.get()); at++)
+        strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), at)));
+    if (strides.size() != leaf.part->shape.size() || PyErr_Occurred()) return false;
+    strided(leaf.address, strides.size(), leaf.part->shape.data(), strides.data(), leaf.part->code, row);
+    return true;
+}
+
+bool read(Table* table, const Leaf& leaf, Row* row) {
+    if (!leaf.count) return true;  // a row of zeros is that of an empty tensor
+    const int64_t known = seen_before(table, leaf);
+    if (known >= 0) {
+        *row = table->rows[known];
+        return true;
+    }
+    if (!leaf.contiguous) return read_strided(leaf, row);
+    dense(leaf.address, leaf.count, leaf.part->code, row);
+    return true;
+}
+
+// Whether the GPU's current stream is the one that writes the rows, and computes now.
+bool gpu_ready(const GpuRows& gpu) {
+    int64_t device, stream;
+    if (gpu.device < 0 || !integer(Ref(PyObject_CallNoArgs(current_device)), device) || device != gpu.device)
+        return false;
+    const Ref index(PyLong_FromLongLong(gpu.device));
+    return index && integer(Ref(PyObject_CallOneArg(current_stream, index.get())), stream) && stream == gpu.stream &&
+           Ref(PyObject_CallNoArgs(is_capturing)).get() == Py_False;
+}
+
+// Has the GPU measure a tensor, behind all that it was told to do before: triton_kernels.measure_one.
+bool launch(Table* table, const Leaf& leaf, int64_t& header) {
+    GpuRows& gpu = table->gpu;
+    const Launch& how = leaf.part->launch;
+    const int64_t known = seen_before(table, leaf);
+    if (known >= 0) {
+        header = gpu.headers[known];
+        return true;
+    }
+    if (gpu.used + how.parts + 1 > gpu.room) return false;
+    header = gpu.used;
+    gpu.used += how.parts + 1;
+    void* tensor = leaf.address;
+    int64_t numbers[] = {leaf.count,     how.each,       how.parts,      header,         0,             how.layout[0],
+                         how.layout[1], how.layout[2], how.layout[3], how.layout[4], how.layout[5], how.layout[6]};
+    int64_t meaning = how.meaning, rows = gpu.address, null = 0;
+    std::vector<void*> parameters{&tensor};
+    if (meaning) parameters.push_back(&meaning);
+    parameters.push_back(&rows);
+    for (int64_t& number : numbers) parameters.push_back(&number);
+    for (int64_t at = 0; at < how.nulls; at++) parameters.push_back(&null);
+    return !cu_launch_kernel(reinterpret_cast<void*>(how.function), how.parts, 1, 1, how.threads, 1, 1, how.shared,
+                             reinterpret_cast<void*>(gpu.stream), parameters.data(), nullptr);
+}
+
+// While there is one, no function mode sees what is asked of tensors. False where that can't be had.
+class Unseen {
+  public:
+    Unseen() {
+        int64_t modes;
+        fine = integer(Ref(PyObject_CallNoArgs(modes_on)), modes);
+        if (fine && modes) hidden = Ref(PyObject_CallNoArgs(disable_modes));
+        if (hidden) entered = Ref(PyObject_CallMethodNoArgs(hidden.get(), names.enter));
+        fine = fine && (!modes || entered);
+    }
+    ~Unseen() {
+        if (!entered) return;
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        Ref(PyObject_CallMethodObjArgs(hidden.get(), names.exit, Py_None, Py_None, Py_None, nullptr));
+        PyErr_Restore(type, value, traceback);
+    }
+    explicit operator bool() const { return fine; }
+
+  private:
+    bool fine = false;
+    Ref hidden, entered;
+};
+
+// Measures the tensors in `values` if they are like those that `likeness` is of: see likeness.Likeness.
+bool measure(Table* table, PyObject* likeness, PyObject* values) {
+    const Unseen unseen;
+    if (!unseen) return false;
+    Match match(reinterpret_cast<Pattern*>(PyTuple_GET_ITEM(likeness, 0))->parts);
+    if (!match.whole(values)) return false;
+    const std::vector<Leaf>& leaves = match.leaves;
+    const bool on_gpu = !leaves.empty() && leaves[0].part->kind == ON_GPU;
+    if (on_gpu && !gpu_ready(table->gpu)) return false;
+    std::vector<Row> rows(on_gpu ? 0 : leaves.size());
+    std::vector<int64_t> headers(on_gpu ? leaves.size() : 0);
+    for (size_t at = 0; at < leaves.size(); at++)
+        if (!(on_gpu ? launch(table, leaves[at], headers[at]) : read(table, leaves[at], &rows[at]))) return false;
+    const size_t first = on_gpu ? table->gpu.headers.size() : table->rows.size();
+    if (!leaves.empty()) table->calls.push_back({Ref::shared(likeness), first});
+    table->rows.insert(table->rows.end(), rows.begin(), rows.end());
+    table->gpu.headers.insert(table->gpu.headers.end(), headers.begin(), headers.end());
+    for (size_t at = 0; at < leaves.size(); at++)
+        if (leaves[at].count * leaves[at].part->size >= WORTH_REMEMBERING) remember(table, leaves[at].tensor, first + at);
+    return true;
+}
+
+}  // namespace
