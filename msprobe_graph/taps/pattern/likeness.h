@@ -2,6 +2,7 @@
 
 // What values are to be like, and whether others are: `Pattern`, for likeness.py.
 
+#include <memory>
 #include <new>
 
 #include "python.h"
@@ -17,6 +18,7 @@ enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU };
 struct Launch {
     long long device, function, shared, threads, nulls, meaning, parts, each, alignment;
     long long layout[7];
+    std::vector<int64_t> strides;
 };
 
 struct Part {
@@ -30,8 +32,7 @@ struct Part {
     std::vector<int64_t> shape;
     int64_t version = 0;
     int64_t address = 0;
-    std::vector<int64_t> strides;  // ON_GPU
-    Launch launch;
+    std::unique_ptr<Launch> launch;  // ON_GPU; apart, so that the parts, which are read between a model's kernels, are small
 
     int64_t count() const {
         int64_t count = 1;
@@ -99,8 +100,8 @@ class Match {
     bool on_gpu(const Part& part, PyObject* value) {
         int64_t device, address;
         if (!same_form(part, value) || !integer(called(value, names.get_device), device) ||
-            device != part.launch.device || !same_numbers(called(value, names.stride), part.strides) ||
-            !integer(called(value, names.data_ptr), address) || address % part.launch.alignment ||
+            device != part.launch->device || !same_numbers(called(value, names.stride), part.launch->strides) ||
+            !integer(called(value, names.data_ptr), address) || address % part.launch->alignment ||
             called(value, names.is_neg).get() != Py_False)
             return false;
         leaves.push_back({value, &part, reinterpret_cast<void*>(address), part.count(), true});
@@ -169,14 +170,16 @@ bool read_part(PyObject* given, Part& part) {
     part.requires_grad = requires_grad;
     for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(shape); at++)
         part.shape.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(shape, at)));
-    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(strides); at++)
-        part.strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, at)));
-    Launch& to = part.launch;
-    if (launch != Py_None &&
-        !PyArg_ParseTuple(launch, "LLLLLLLLL(LLLLLLL)", &to.device, &to.function, &to.shared, &to.threads, &to.nulls,
-                          &to.meaning, &to.parts, &to.each, &to.alignment, to.layout, to.layout + 1, to.layout + 2,
-                          to.layout + 3, to.layout + 4, to.layout + 5, to.layout + 6))
-        return false;
+    if (launch != Py_None) {
+        part.launch = std::make_unique<Launch>();
+        Launch& to = *part.launch;
+        for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(strides); at++)
+            to.strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, at)));
+        if (!PyArg_ParseTuple(launch, "LLLLLLLLL(LLLLLLL)", &to.device, &to.function, &to.shared, &to.threads,
+                              &to.nulls, &to.meaning, &to.parts, &to.each, &to.alignment, to.layout, to.layout + 1,
+                              to.layout + 2, to.layout + 3, to.layout + 4, to.layout + 5, to.layout + 6))
+            return false;
+    }
     if (part.kind == WEIGHT)
         return integer(Ref(PyObject_GetAttr(object, names.version)), part.version) &&
                integer(called(object, names.data_ptr), part.address);

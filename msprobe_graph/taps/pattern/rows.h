@@ -117,7 +117,7 @@ bool gpu_ready(const GpuRows& gpu) {
 // Has the GPU measure a tensor, behind all that it was told to do before: triton_kernels.measure_one.
 bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     GpuRows& gpu = table->gpu;
-    const Launch& how = leaf.part->launch;
+    const Launch& how = *leaf.part->launch;
     const int64_t known = seen_before(table, leaf);
     if (known >= 0) {
         header = gpu.headers[known];
