@@ -71,6 +71,8 @@ class Calls:
             parts["input_kwargs"] = context.named(given[1], f"{name}.kwargs", save)
             inputs = context.recorder.likeness((args, kwargs), given, list(parts.values()))
         anchor = context.anchor(here(3))
+        if anchor is not None:
+            anchor.frame = None  # which holds on to what the caller has; nothing is called from here
         return _Begun(Entry(name, parts, *context.place(api, anchor)), inputs, anchor)
 
     def _outputs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import weakref
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import IntEnum
@@ -171,7 +172,7 @@ class _Part(NamedTuple):
     kind: Kind
     type: type
     object: object = None
-    """WEIGHT: itself. EQUAL: the value. KEYS, FIELDS: the names."""
+    """WEIGHT: a weak reference to it. EQUAL: the value. KEYS, FIELDS: the names."""
     dtype: torch.dtype | None = None
     """Of tensors, as all that follows."""
     size: int = 0
@@ -287,7 +288,7 @@ def _tensor(tensor: torch.Tensor) -> _Part | None:
         return None
     form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
     if is_weight(tensor) and not tensor.is_inference():
-        return _Part(Kind.WEIGHT, kind, tensor, *form)
+        return _Part(Kind.WEIGHT, kind, weakref.ref(tensor), *form)
     if kind not in PLAIN or tensor.numel() >= native.LARGE:
         return None
     if tensor.is_cpu:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
+import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,12 +21,24 @@ from torch.nn import functional
 from msprobe_graph import PrecisionDebugger
 from msprobe_graph.dump.reader import StepDump, read, steps
 from msprobe_graph.taps.likeness import extension
+from msprobe_graph.taps.recorder import Recorder
 from tests.capturing import Apply, capture_into
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="there is no compiled _pattern")
 
 Program = Callable[[nn.Module, int], object]
 """Runs the model as a step of that number does."""
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The step of each value that is described."""
+    steps_of_values: list[int] = []
+    value = Recorder.value
+    monkeypatch.setattr(
+        Recorder, "value", lambda self, *args: steps_of_values.append(self._number) or value(self, *args)
+    )
+    return steps_of_values
 
 
 class Net(nn.Module):
@@ -234,18 +250,13 @@ def test_any_order_of_calls(tmp_path_factory: pytest.TempPathFactory, calls: lis
         check(tmp_path_factory.mktemp("calls"), "mix", program, count=len(calls))
 
 
-def test_nothing_is_described_anew_where_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_described_anew_where_nothing_changes(tmp_path: Path, described: list[int]) -> None:
     """That these tests test something: in the third step no value is described."""
-    from msprobe_graph.taps.recorder import Recorder
-
-    described: list[int] = []
-    value = Recorder.value
-    monkeypatch.setattr(Recorder, "value", lambda self, *args: described.append(self._number) or value(self, *args))
     with torch.no_grad():
         model = Net().eval()
         captured(model, tmp_path, "mix", ((lambda n=n: model(input_of(n))) for n in range(4)))
     assert 0 in described
-    assert described.count(2) == described.count(3) == 0
+    assert not {2, 3} & set(described)
 
 
 class OwnParameter(nn.Parameter):
@@ -274,3 +285,75 @@ def test_a_lazy_module(tmp_path: Path) -> None:
         assert step.data["Functional.linear.0.forward"]["output"][0]["Norm"] == pytest.approx(
             model(input_of(number)).double().norm().item(), rel=1e-6
         )
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    other: torch.Tensor
+
+
+@dataclasses.dataclass
+class Fields:
+    one: torch.Tensor
+    other: list[torch.Tensor]
+
+
+@pytest.mark.parametrize("make", [Pair, lambda x, y: Fields(x, [y]), lambda x, y: {"one": x, "other": (y, None)}])
+def test_nests(make: Callable[..., Any], tmp_path: Path, described: list[int]) -> None:
+    model = Apply(lambda nest: nest)
+    with torch.no_grad():
+        found = captured(
+            model, tmp_path, "L0", ((lambda n=n: model(make(input_of(n), input_of(n + 9)))) for n in range(4))
+        )
+    assert not {2, 3} & set(described)
+    for number, step in enumerate(found):
+        norms = [tensor.record["Norm"] for tensor in step.tensors()]
+        exact = [input_of(number + more).double().norm().item() for more in (0, 9)]
+        assert norms == pytest.approx(exact * 2, rel=1e-6)
+
+
+def test_written_to_by_what_says_nothing_of_it(tmp_path: Path) -> None:
+    """Of a large tensor, in the middle of a step, as by some operators of vLLM's."""
+    model = nn.Sequential(Apply(lambda x: x), Apply(lambda x: x))
+    model[0].register_forward_hook(lambda module, args, output: args[0].data.mul_(2) is None or None)
+
+    def program(number: int) -> None:
+        model(torch.full((256, 256), number + 1.0))
+
+    with torch.no_grad():
+        found = captured(model, tmp_path, "L0", ((lambda n=n: program(n)) for n in range(4)))
+    for number, step in enumerate(found):
+        assert step.data["Module.0.Apply.forward.0"]["input_args"][0]["Max"] == number + 1
+        assert step.data["Module.1.Apply.forward.0"]["input_args"][0]["Max"] == 2 * (number + 1)
+
+
+def test_nothing_is_kept_alive(tmp_path: Path) -> None:
+    """Not by a weight that knows its module, either; and no frame, with what it holds, outlives its call."""
+
+    def run() -> list[weakref.ref[Any]]:
+        model = Net().eval()
+        model.first.weight.owner = model.first  # type: ignore[attr-defined, unused-ignore]
+        inputs = [input_of(n) for n in range(3)]
+        with torch.no_grad():
+            captured(model, tmp_path, "mix", [partial(model, x) for x in inputs])
+        return [weakref.ref(model.first), *map(weakref.ref, inputs)]
+
+    gone = run()
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+
+
+def test_no_activation_outlives_its_step(tmp_path: Path) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        local = x + 1
+        seen.append(weakref.ref(local))
+        return functional.relu(local) * 2
+
+    model = nn.Sequential(Apply(forward), nn.Linear(6, 6))
+    debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "mix"})
+    for number in range(4):
+        with torch.no_grad(), debugger.start(model):
+            model(input_of(number))
+        assert seen[-1]() is None

@@ -71,8 +71,11 @@ bool push(PyObject* call, PyObject* stack, const Ref& frame) {
 bool gradients() { return Ref(PyObject_CallNoArgs(is_grad_enabled)).get() != Py_False; }
 
 bool usable(Table* table) {
-    if (table->weights) table->weights_stand = stand(reinterpret_cast<Probes*>(table->weights.get()));
-    table->weights = Ref();
+    if (table->weights) {
+        const Unseen unseen;
+        table->weights_stand = unseen && stand(reinterpret_cast<Probes*>(table->weights.get()));
+        table->weights = Ref();
+    }
     return table->weights_stand && !(table->without_gradients && gradients());
 }
 
@@ -116,7 +119,7 @@ PyObject* end(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
         return nullptr;
     }
     PyObject *const entries = arguments[0], *const earlier = arguments[1], *const parameters = arguments[3];
-    const Ref outputs = PyTuple_Check(arguments[2]) ? Ref::shared(arguments[2]) : Ref(PyTuple_Pack(1, arguments[2]));
+    const Ref outputs(PyTuple_Check(arguments[2]) ? PySequence_Tuple(arguments[2]) : PyTuple_Pack(1, arguments[2]));
     const Ref values(outputs ? PyTuple_Pack(2, outputs.get(), parameters) : nullptr);
     if (!values || !measure(reinterpret_cast<Table*>(self), PyTuple_GET_ITEM(earlier, OUTPUTS), values.get()))
         return unlike();

@@ -24,7 +24,7 @@ struct Launch {
 struct Part {
     Kind kind;
     Ref type;
-    Ref object;  // WEIGHT: it; EQUAL: the value; KEYS, FIELDS: a tuple of names
+    Ref object;  // WEIGHT: a weak reference to it; EQUAL: the value; KEYS, FIELDS: a tuple of names
     Ref dtype;   // TENSOR, ON_GPU, WEIGHT
     int64_t size = 0;  // ITEMS: how many; TENSOR: bytes of an element
     int32_t code = 0;
@@ -42,7 +42,7 @@ struct Part {
 };
 
 struct Leaf {
-    PyObject* tensor;  // borrowed: the call's values hold it
+    Ref tensor;
     const Part* part;
     void* address;
     int64_t count;
@@ -64,7 +64,7 @@ class Match {
     bool like(PyObject* value) {
         if (at == parts.size() || !value) return false;
         const Part& part = parts[at++];
-        if (part.kind == WEIGHT) return value == part.object.get() && unchanged(part, value);
+        if (part.kind == WEIGHT) return value == PyWeakref_GetObject(part.object.get()) && unchanged(part, value);
         if (part.kind == EQUAL && value == part.object.get()) return true;
         if ((PyObject*)Py_TYPE(value) != part.type.get()) return false;
         switch (part.kind) {
@@ -104,7 +104,7 @@ class Match {
             !integer(called(value, names.data_ptr), address) || address % part.launch->alignment ||
             called(value, names.is_neg).get() != Py_False)
             return false;
-        leaves.push_back({value, &part, reinterpret_cast<void*>(address), part.count(), true});
+        leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), part.count(), true});
         return true;
     }
 
@@ -118,7 +118,7 @@ class Match {
         const bool run = contiguous.get() == Py_True && count > 1;
         // Only part of a complex tensor's memory can be marked as negative: with two elements or more it is no run.
         if (!run && called(value, names.is_neg).get() != Py_False) return false;
-        leaves.push_back({value, &part, reinterpret_cast<void*>(address), count, run});
+        leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), count, run});
         return true;
     }
 
@@ -126,16 +126,21 @@ class Match {
         const bool tuple = PyTuple_Check(value);
         if (!tuple && !PyList_Check(value)) return false;
         if ((tuple ? PyTuple_GET_SIZE(value) : PyList_GET_SIZE(value)) != part.size) return false;
-        for (int64_t index = 0; index < part.size; index++)
-            if (!like(tuple ? PyTuple_GET_ITEM(value, index) : PyList_GET_ITEM(value, index))) return false;
+        for (int64_t index = 0; index < part.size; index++) {
+            if (!tuple && index >= PyList_GET_SIZE(value)) return false;  // a comparison may run code that shortens it
+            const Ref item = Ref::shared(tuple ? PyTuple_GET_ITEM(value, index) : PyList_GET_ITEM(value, index));
+            if (!like(item.get())) return false;
+        }
         return true;
     }
 
     bool keys(const Part& part, PyObject* value) {
         const Py_ssize_t count = PyTuple_GET_SIZE(part.object.get());
         if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != count) return false;
-        for (Py_ssize_t index = 0; index < count; index++)
-            if (!like(PyDict_GetItemWithError(value, PyTuple_GET_ITEM(part.object.get(), index)))) return false;
+        for (Py_ssize_t index = 0; index < count; index++) {
+            const Ref item = Ref::shared(PyDict_GetItemWithError(value, PyTuple_GET_ITEM(part.object.get(), index)));
+            if (!like(item.get())) return false;
+        }
         return true;
     }
 
@@ -180,9 +185,11 @@ bool read_part(PyObject* given, Part& part) {
                               to.layout + 2, to.layout + 3, to.layout + 4, to.layout + 5, to.layout + 6))
             return false;
     }
-    if (part.kind == WEIGHT)
-        return integer(Ref(PyObject_GetAttr(object, names.version)), part.version) &&
-               integer(called(object, names.data_ptr), part.address);
+    if (part.kind == WEIGHT) {
+        const Ref weight = Ref::shared(PyWeakref_GetObject(object));
+        return weight && integer(Ref(PyObject_GetAttr(weight.get(), names.version)), part.version) &&
+               integer(called(weight.get(), names.data_ptr), part.address);
+    }
     return !PyErr_Occurred();
 }
 

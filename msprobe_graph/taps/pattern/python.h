@@ -102,4 +102,31 @@ void make_names() {
     for (const auto& each : needed) *each.at = PyUnicode_InternFromString(each.name);
 }
 
+// torch's own: how many function modes are on, the context that hides from them, and whether gradients are recorded.
+PyObject *modes_on, *disable_modes, *is_grad_enabled;
+
+// While there is one, no function mode sees what is asked of tensors. False where that can't be had.
+class Unseen {
+  public:
+    Unseen() {
+        int64_t modes;
+        fine = integer(Ref(PyObject_CallNoArgs(modes_on)), modes);
+        if (fine && modes) hidden = Ref(PyObject_CallNoArgs(disable_modes));
+        if (hidden) entered = Ref(PyObject_CallMethodNoArgs(hidden.get(), names.enter));
+        fine = fine && (!modes || entered);
+    }
+    ~Unseen() {
+        if (!entered) return;
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        Ref(PyObject_CallMethodObjArgs(hidden.get(), names.exit, Py_None, Py_None, Py_None, nullptr));
+        PyErr_Restore(type, value, traceback);
+    }
+    explicit operator bool() const { return fine; }
+
+  private:
+    bool fine = false;
+    Ref hidden, entered;
+};
+
 }  // namespace

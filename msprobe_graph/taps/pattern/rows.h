@@ -20,21 +20,19 @@ typedef void Strided(const void* data, int32_t dims, const int64_t* sizes, const
 Dense* dense;
 Strided* strided;
 
-// torch's own: how many function modes are on, the context that hides from them, and whether gradients are recorded.
-PyObject *modes_on, *disable_modes, *is_grad_enabled;
-
 // The driver's cuLaunchKernel, and torch's current stream of a device, current device, and whether it is captured.
 typedef int CuLaunchKernel(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                            void* stream, void** parameters, void** extra);
 CuLaunchKernel* cu_launch_kernel;
 PyObject *current_stream, *current_device, *is_capturing;
 
-constexpr int64_t WORTH_REMEMBERING = 8 * 1024;  // bytes; less is measured again in the time that it takes to look it up
+constexpr int64_t WORTH_REMEMBERING = 128 * 1024;  // bytes; see measured.py
 
 // A tensor that was measured into a row, as it was then.
 struct Seen {
     Ref tensor;  // a weak reference
     int64_t version;
+    uint64_t fingerprint;
     size_t row;
 };
 
@@ -61,28 +59,41 @@ struct Table {
     std::unordered_map<PyObject*, Seen> seen;
 };
 
-// The number of the row of a large tensor that was measured before and is as it was; else -1.
-int64_t seen_before(const Table* table, const Leaf& leaf) {
-    if (leaf.count * leaf.part->size < WORTH_REMEMBERING) return -1;
-    const auto found = table->seen.find(leaf.tensor);
-    if (found == table->seen.end() || PyWeakref_GetObject(found->second.tensor.get()) != leaf.tensor) return -1;
-    int64_t version;
-    const bool known = integer(Ref(PyObject_GetAttr(leaf.tensor, names.version)), version);
-    PyErr_Clear();
-    return known && version == found->second.version ? static_cast<int64_t>(found->second.row) : -1;
+// A large tensor that lies in one piece is known again by its version and by a look at some of its elements, as there
+// are operators that write into their arguments without saying so.
+bool worth_remembering(const Leaf& leaf) {
+    return leaf.contiguous && leaf.count * leaf.part->size >= WORTH_REMEMBERING;
 }
 
-void remember(Table* table, PyObject* tensor, size_t row) {
+uint64_t look_at(const Leaf& leaf) { return fingerprint(leaf.address, leaf.count, leaf.part->size); }
+
+// The row of a tensor that was measured before and is as it was; else null.
+const Row* seen_before(const Table* table, const Leaf& leaf) {
+    const auto found = table->seen.find(leaf.tensor.get());
+    if (found == table->seen.end()) return nullptr;
+    const Seen& seen = found->second;
     int64_t version;
-    if (called(tensor, names.is_inference).get() == Py_False && integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {  // which tensors of inference mode lack
+    const bool same = PyWeakref_GetObject(seen.tensor.get()) == leaf.tensor.get() &&
+                      integer(Ref(PyObject_GetAttr(leaf.tensor.get(), names.version)), version) &&
+                      version == seen.version && look_at(leaf) == seen.fingerprint;
+    PyErr_Clear();
+    return same ? &table->rows[seen.row] : nullptr;
+}
+
+// Tensors of inference mode, which have no version, are measured every time.
+void remember(Table* table, const Leaf& leaf, size_t row) {
+    PyObject* const tensor = leaf.tensor.get();
+    int64_t version;
+    if (called(tensor, names.is_inference).get() == Py_False &&
+        integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {
         Ref weak(PyWeakref_NewRef(tensor, nullptr));
-        if (weak) table->seen[tensor] = Seen{std::move(weak), version, row};
+        if (weak) table->seen[tensor] = Seen{std::move(weak), version, look_at(leaf), row};
     }
     PyErr_Clear();
 }
 
 bool read_strided(const Leaf& leaf, Row* row) {
-    const Ref stride = called(leaf.tensor, names.stride);
+    const Ref stride = called(leaf.tensor.get(), names.stride);
     if (!stride || !PyTuple_Check(stride.get())) return false;
     std::vector<int64_t> strides;
     for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(stride.get()); at++)
@@ -94,9 +105,9 @@ bool read_strided(const Leaf& leaf, Row* row) {
 
 bool read(Table* table, const Leaf& leaf, Row* row) {
     if (!leaf.count) return true;  // a row of zeros is that of an empty tensor
-    const int64_t known = seen_before(table, leaf);
-    if (known >= 0) {
-        *row = table->rows[known];
+    const Row* const known = worth_remembering(leaf) ? seen_before(table, leaf) : nullptr;
+    if (known) {
+        *row = *known;
         return true;
     }
     if (!leaf.contiguous) return read_strided(leaf, row);
@@ -118,11 +129,6 @@ bool gpu_ready(const GpuRows& gpu) {
 bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     GpuRows& gpu = table->gpu;
     const Launch& how = *leaf.part->launch;
-    const int64_t known = seen_before(table, leaf);
-    if (known >= 0) {
-        header = gpu.headers[known];
-        return true;
-    }
     if (gpu.used + how.parts + 1 > gpu.room) return false;
     header = gpu.used;
     gpu.used += how.parts + 1;
@@ -138,30 +144,6 @@ bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     return !cu_launch_kernel(reinterpret_cast<void*>(how.function), how.parts, 1, 1, how.threads, 1, 1, how.shared,
                              reinterpret_cast<void*>(gpu.stream), parameters.data(), nullptr);
 }
-
-// While there is one, no function mode sees what is asked of tensors. False where that can't be had.
-class Unseen {
-  public:
-    Unseen() {
-        int64_t modes;
-        fine = integer(Ref(PyObject_CallNoArgs(modes_on)), modes);
-        if (fine && modes) hidden = Ref(PyObject_CallNoArgs(disable_modes));
-        if (hidden) entered = Ref(PyObject_CallMethodNoArgs(hidden.get(), names.enter));
-        fine = fine && (!modes || entered);
-    }
-    ~Unseen() {
-        if (!entered) return;
-        PyObject *type, *value, *traceback;
-        PyErr_Fetch(&type, &value, &traceback);
-        Ref(PyObject_CallMethodObjArgs(hidden.get(), names.exit, Py_None, Py_None, Py_None, nullptr));
-        PyErr_Restore(type, value, traceback);
-    }
-    explicit operator bool() const { return fine; }
-
-  private:
-    bool fine = false;
-    Ref hidden, entered;
-};
 
 // Measures the tensors in `values` if they are like those that `likeness` is of: see likeness.Likeness.
 bool measure(Table* table, PyObject* likeness, PyObject* values) {
@@ -180,8 +162,8 @@ bool measure(Table* table, PyObject* likeness, PyObject* values) {
     if (!leaves.empty()) table->calls.push_back({Ref::shared(likeness), first});
     table->rows.insert(table->rows.end(), rows.begin(), rows.end());
     table->gpu.headers.insert(table->gpu.headers.end(), headers.begin(), headers.end());
-    for (size_t at = 0; at < leaves.size(); at++)
-        if (leaves[at].count * leaves[at].part->size >= WORTH_REMEMBERING) remember(table, leaves[at].tensor, first + at);
+    for (size_t at = 0; !on_gpu && at < leaves.size(); at++)
+        if (worth_remembering(leaves[at])) remember(table, leaves[at], first + at);
     return true;
 }
 
