@@ -46,7 +46,7 @@ class CallStacks:
         compiled = extension()
         self._walk = walk if compiled is None else compiled.stack_key
         self._known: dict[tuple[Hashable, int], Stack] = {}
-        self._codes: set[CodeType] = set()
+        self._codes: dict[int, CodeType] = {}
         """Keeps alive the code objects whose ids are in the keys."""
 
     def anchor(self, frame: FrameType, outer: Anchor | None = None) -> Anchor:
@@ -64,7 +64,7 @@ class CallStacks:
     def _read(self, frame: FrameType | None, end: FrameType | None) -> Stack:
         frames = []
         while frame is not None and frame is not end:
-            self._codes.add(frame.f_code)
+            self._codes[id(frame.f_code)] = frame.f_code
             path = frame.f_code.co_filename
             if path not in LEFT_OUT and not path.startswith(OURS):
                 frames.append(StackFrame(path, frame.f_lineno, frame.f_code.co_name))

@@ -60,6 +60,10 @@ class Calls:
                 context.boundary.attempt(name, self._backward.follow_call, backward, call.entry, result)
         return result
 
+    def forget(self) -> None:
+        """No call is like an earlier one."""
+        self._earlier.clear()
+
     def _inputs(self, name: str, api: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Begun:
         context = self._context
         parts: dict[str, Any] = {}

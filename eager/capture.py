@@ -52,19 +52,19 @@ class EagerCapture:
         selection = Selection(settings, operators.risk)
         self._context = Context(recorder, selection, boundary, stacks, level=settings.level)
         self._backward = Backward(self._context)
+        recorder.forget_calls = self._forget_calls
         self._hooks = ModuleHooks(self._context, self._backward, records=settings.level in ("L0", "mix"))
+        self._calls: Calls | None = None
         self._mode: ModeSwitch | None = None
         self._stretches: Stretches | None = None
         if settings.level in ("L1", "mix"):
-            self._mode = ModeSwitch(
-                ApiMode(operators.name, Calls(self._context, operators.as_written, self._backward).record)
-            )
+            self._calls = Calls(self._context, operators.as_written, self._backward)
+            self._mode = ModeSwitch(ApiMode(operators.name, self._calls.record))
             self._stretches = Stretches(self._mode, self._context)
             self._context.module_begins = self._stretches.module_begins
         elif settings.level == "L2":
-            self._mode = ModeSwitch(
-                AtenMode(operators.aten_name, Calls(self._context, operators.as_written, None).record)
-            )
+            self._calls = Calls(self._context, operators.as_written, None)
+            self._mode = ModeSwitch(AtenMode(operators.aten_name, self._calls.record))
         if self._mode is not None:
             self._context.quiet = self._mode.passive if self._stretches is None else self._stretches.graph
         self._borders = None if self._mode is None else Borders(self._mode)
@@ -137,6 +137,7 @@ class EagerCapture:
     def remove(self) -> None:
         """Leave the models as they were found."""
         self.stop()
+        self._forget_calls()
         self._hooks.remove()
         if self._borders is not None:
             self._borders.remove()
@@ -145,6 +146,13 @@ class EagerCapture:
         self._unfused.clear()
         self._watched.clear()
         self._sites_of = None
+
+    def _forget_calls(self) -> None:
+        """What is kept of calls of earlier steps holds no longer."""
+        for tap in self._hooks.taps.values():
+            tap.forget_calls()
+        if self._calls is not None:
+            self._calls.forget()
 
     def begin_step(self, number: int) -> None:
         """Step `number`: call numbers and windows start anew."""

@@ -83,7 +83,20 @@ class Place(NamedTuple):
 class ModuleCall:
     """A module call whose forward runs."""
 
-    __slots__ = ("anchor", "before", "earlier", "edges", "end", "entry", "inputs", "name", "number", "path", "prefix")
+    __slots__ = (
+        "anchor",
+        "before",
+        "earlier",
+        "edges",
+        "end",
+        "entry",
+        "inputs",
+        "name",
+        "number",
+        "path",
+        "prefix",
+        "run",
+    )
 
     def __init__(self, prefix: str, path: str, number: int, name: str | None) -> None:
         self.prefix = prefix
@@ -105,6 +118,8 @@ class ModuleCall:
         """To be called at its end: see Context.module_begins."""
         self.before = sys.exc_info()[1]
         """The exception that was being handled when the call began: a newer one at its end means that it raised."""
+        self.run = 0
+        """Which of the recorder's runs it began in."""
 
     def raised(self) -> BaseException | None:
         """What ended the call; None while it runs, or when it returned."""

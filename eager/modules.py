@@ -40,6 +40,7 @@ class ModuleTap:
         if known and table is not None:
             earlier = table.begin(context.numbering.calls, None, stack, self.prefix, known, (args, kwargs))
             if earlier is not None:
+                earlier.call.run = context.recorder.run
                 if context.module_begins is not None:
                     earlier.call.end = context.module_begins()
                 return
@@ -47,6 +48,7 @@ class ModuleTap:
         number = context.numbering.advance(prefix)
         name = module_call(prefix, "forward", number)
         call = ModuleCall(prefix, self.path, number, name if self._records else None)
+        call.run = context.recorder.run
         with unseen():
             context.boundary.attempt(name, self._inputs, call, args, kwargs)
         stack.append(call)
@@ -62,10 +64,14 @@ class ModuleTap:
         call = stack.pop()
         if call.end is not None:
             call.end()
+        if call.run != context.recorder.run:  # another step has begun meanwhile
+            if call.earlier is not None:
+                call.entry = call.earlier.begun()
+            self._forget(call)
         if call.name is not None and not self._ends_like_earlier(call, module, output):
             with unseen():
                 self._end(call, call.name, module, output)
-        call.edges = None
+        call.edges = call.end = call.before = None
         if call.anchor is not None:
             call.anchor.frame = None  # which holds on to what the caller has
 
@@ -130,10 +136,22 @@ class ModuleTap:
 
     def _keep(self, call: ModuleCall, entry: Entry, inputs: Likeness | None, outputs: Likeness | None) -> None:
         """For later calls that are like this one."""
-        call.earlier = None
-        if inputs is not None and outputs is not None and self._context.selection.everything:
+        self._forget(call)
+        within = call.run == self._context.recorder.run
+        if inputs is not None and outputs is not None and within and self._context.selection.everything:
             call.entry, call.inputs = entry, inputs
             call.earlier = self._earlier[call.number] = EarlierCall(entry, inputs, outputs, call.anchor, call)
+
+    def _forget(self, call: ModuleCall) -> None:
+        """No later call is like this one, or the one of its number before."""
+        call.earlier = None
+        known = self._earlier.pop(call.number, None)
+        if known is not None:
+            known.call.earlier = None
+
+    def forget_calls(self) -> None:
+        """No call is like an earlier one."""
+        self._earlier.clear()
 
 
 class ModuleHooks:

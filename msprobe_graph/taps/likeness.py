@@ -234,8 +234,8 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
     known = extension()
     if known is None:
         return None
-    tensors, of_each = list(_found(described, torch.Tensor)), list(_found(records, TensorRecord))
-    if len(tensors) != len(of_each):  # some lie too deep to be recorded
+    tensors, of_each = list(_found(described, torch.Tensor, -2)), list(_found(records, TensorRecord, -2))
+    if len(tensors) != len(of_each):
         return None
     waiting: defaultdict[int, list[TensorRecord]] = defaultdict(list)
     for each, record in zip(reversed(tensors), reversed(of_each), strict=True):
@@ -245,12 +245,18 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
     dtypes: list[torch.dtype] = []
     devices: set[torch.device] = set()
     for part, tensor in _parts(values, -2):
-        measures = part is not None and part.kind in (Kind.TENSOR, Kind.ON_GPU)
-        if part is None or (measures and not waiting[id(tensor)]):
+        if part is None:
             return None
         parts.append(part)
-        if measures and tensor is not None:
-            measured.append(waiting[id(tensor)].pop())
+        if tensor is None:
+            continue
+        if not waiting[id(tensor)]:
+            return None
+        record = waiting[id(tensor)].pop()
+        if record.reason is not msgspec.UNSET:
+            return None
+        if part.kind is not Kind.WEIGHT:
+            measured.append(record)
             dtypes.append(tensor.dtype)
             devices.add(tensor.device)
     if len(devices) > 1:
@@ -284,7 +290,7 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor 
 def _tensor(tensor: torch.Tensor) -> _Part | None:
     kind = type(tensor)
     code = native.CODES.get(tensor.dtype)
-    if code is None:
+    if code is None or tensor.is_nested:
         return None
     form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
     if is_weight(tensor) and not tensor.is_inference():
@@ -301,15 +307,15 @@ def _tensor(tensor: torch.Tensor) -> _Part | None:
     return launch and _Part(Kind.ON_GPU, kind, None, *form, tensor.stride(), launch)
 
 
-def _found(nest: Any, kind: type[T]) -> Iterator[T]:
-    """What is of that kind in a nest."""
+def _found(nest: Any, kind: type[T], depth: int) -> Iterator[T]:
+    """What is of that kind in a nest, as deep as its contents are recorded."""
     if isinstance(nest, kind):
         yield nest
         return
-    children = contents(nest)
+    children = contents(nest) if depth < MAX_DEPTH else None
     if children is not None:
         for child in children.values() if isinstance(children, Mapping) else children:
-            yield from _found(child, kind)
+            yield from _found(child, kind, depth + 1)
 
 
 def is_weight(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ counter: they are measured every time.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import msgspec
 import torch
@@ -45,10 +46,11 @@ class Known(msgspec.Struct, gc=False):
 class Measured:
     """The tensors measured so far that are still alive."""
 
-    def __init__(self, across_steps: bool) -> None:
+    def __init__(self, across_steps: bool, outdated: Callable[[], None]) -> None:
         """across_steps: False where only weights are known from one step to the next, because the records of other
-        values are filled in anew."""
+        values are filled in anew. `outdated` is called when records of weights are not to be used any more."""
         self._across_steps = across_steps
+        self._outdated = outdated
         self._weights: dict[int, Known] = {}
         self._others: dict[int, Known] = {}
         self._probed = False
@@ -123,12 +125,17 @@ class Measured:
         """Forget the weights that have changed. All in one go: a probe between two operators would find cold caches."""
         self._probed = True
         unchanged = {}
+        changed = False
         for key, known in list(self._weights.items()):
             weight = known.tensor()
             if weight is not None and known.fingerprint == fingerprint(weight):
                 unchanged[key] = known
+            elif weight is not None:
+                changed = True
         if len(unchanged) < len(self._weights):
             self._weights, self._probes = unchanged, None
+        if changed:
+            self._outdated()
 
 
 def _remember(tensor: torch.Tensor, address: int, where: dict[int, Known]) -> Known | None:

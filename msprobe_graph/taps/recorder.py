@@ -60,15 +60,21 @@ class Recorder:
         """A GPU with tensors of such calls."""
         self._last_text = LastText()
         self._row_memory = RowMemory()
+        self.forget_calls: Callable[[], None] = lambda: None
+        """To be called when what is kept of earlier calls holds no longer; whoever keeps it puts it here."""
+        self.run = 0
+        """Counts the steps that were begun, those that were dropped included."""
         self.forget()
         self.begin(0)
 
     def forget(self) -> None:
         """What the running step has measured will not be known: it is to be measured again."""
-        self._measured = Measured(across_steps=self._extension is None)
+        self._measured = Measured(self._extension is None, lambda: self.forget_calls())
+        self.forget_calls()
 
     def begin(self, number: int) -> None:
         """Start step `number` with nothing in it."""
+        self.run += 1
         self._number = number
         self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}

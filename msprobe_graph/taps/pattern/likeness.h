@@ -2,6 +2,7 @@
 
 // What values are to be like, and whether others are: `Pattern`, for likeness.py.
 
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -9,7 +10,8 @@
 
 namespace {
 
-constexpr int64_t MAPPED = int64_t(1) << 40;  // see unmeasurable.py
+constexpr int64_t MAPPED = int64_t(1) << 40;   // see unmeasurable.py
+constexpr int64_t OFFSETS = int64_t(1) << 30;  // below are the "addresses" of tensors whose storage a GPU has freed
 
 // The order is that of likeness.Kind.
 enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU };
@@ -73,6 +75,7 @@ class Match {
             case ON_GPU:
                 return on_gpu(part, value);
             case EQUAL:
+                if (PyFloat_CheckExact(value)) return same_float(value, part.object.get());
                 return PyObject_RichCompareBool(value, part.object.get(), Py_EQ) == 1;
             case TYPE:
                 return true;
@@ -101,7 +104,8 @@ class Match {
         int64_t device, address;
         if (!same_form(part, value) || !integer(called(value, names.get_device), device) ||
             device != part.launch->device || !same_numbers(called(value, names.stride), part.launch->strides) ||
-            !integer(called(value, names.data_ptr), address) || address % part.launch->alignment ||
+            !integer(called(value, names.data_ptr), address) || address < OFFSETS ||
+            address % part.launch->alignment ||
             called(value, names.is_neg).get() != Py_False)
             return false;
         leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), part.count(), true});
@@ -120,6 +124,12 @@ class Match {
         if (!run && called(value, names.is_neg).get() != Py_False) return false;
         leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), count, run});
         return true;
+    }
+
+    // Of the two zeros each is like itself only.
+    static bool same_float(PyObject* one, PyObject* other) {
+        const double values[] = {PyFloat_AS_DOUBLE(one), PyFloat_AS_DOUBLE(other)};
+        return !std::memcmp(values, values + 1, sizeof values[0]);
     }
 
     bool items(const Part& part, PyObject* value) {

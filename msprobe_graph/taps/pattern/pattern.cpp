@@ -76,13 +76,16 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     fingerprint = reinterpret_cast<Fingerprint*>(fingerprint_at);
     dense = reinterpret_cast<Dense*>(dense_at);
     strided = reinterpret_cast<Strided*>(strided_at);
-    Py_RETURN_NONE;
+    return none();
 }
 
 PyObject* launch_kernel(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     long long function, shared, threads, nulls, grid, stream;
-    if (count < 3 || !PyTuple_Check(arguments[0]) ||
-        !PyArg_ParseTuple(arguments[0], "LLLL", &function, &shared, &threads, &nulls))
+    if (count < 3 || !PyTuple_Check(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "launch takes a kernel, a grid, a stream and parameters");
+        return nullptr;
+    }
+    if (!PyArg_ParseTuple(arguments[0], "LLLL", &function, &shared, &threads, &nulls))
         return nullptr;
     grid = PyLong_AsLongLong(arguments[1]);
     stream = PyLong_AsLongLong(arguments[2]);
@@ -154,6 +157,5 @@ PyMODINIT_FUNC PyInit__pattern(void) {
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
         !add_type(made.get(), probes_type, "_pattern.Probes", sizeof(Probes), new_probes, delete_probes))
         return nullptr;
-    Py_INCREF(made.get());
-    return made.get();
+    return made.release();
 }

@@ -51,9 +51,10 @@ void delete_probes(PyObject* self) {
 bool stand(const Probes* probes) {
     for (const Probe& probe : probes->each) {
         PyObject* tensor = PyWeakref_GetObject(probe.tensor.get());
-        int64_t address;
+        int64_t address, count;
         const bool there = tensor && tensor != Py_None && integer(called(tensor, names.data_ptr), address) &&
-                           address == probe.address;
+                           address == probe.address && integer(called(tensor, names.numel), count) &&
+                           count == probe.count;
         if (!there || fingerprint(reinterpret_cast<void*>(address), probe.count, probe.size) != probe.fingerprint) {
             PyErr_Clear();
             return false;

@@ -40,7 +40,7 @@ PyObject* none() { return Ref::shared(Py_None).release(); }
 // Names of attributes, made once.
 struct Names {
     PyObject *dtype, *shape, *requires_grad, *is_cpu, *is_contiguous, *is_neg, *data_ptr, *stride, *version;
-    PyObject *get_device, *is_inference, *enter, *exit;
+    PyObject *get_device, *is_inference, *numel, *enter, *exit;
     PyObject *anchor, *before, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
 } names;
 
@@ -85,6 +85,7 @@ void make_names() {
                   {&names.stride, "stride"},
                   {&names.version, "_version"},
                   {&names.get_device, "get_device"},
+                  {&names.numel, "numel"},
                   {&names.is_inference, "is_inference"},
                   {&names.anchor, "anchor"},
                   {&names.before, "before"},

@@ -33,6 +33,8 @@ struct Seen {
     Ref tensor;  // a weak reference
     int64_t version;
     uint64_t fingerprint;
+    void* address;
+    int64_t count;
     size_t row;
 };
 
@@ -75,7 +77,8 @@ const Row* seen_before(const Table* table, const Leaf& leaf) {
     int64_t version;
     const bool same = PyWeakref_GetObject(seen.tensor.get()) == leaf.tensor.get() &&
                       integer(Ref(PyObject_GetAttr(leaf.tensor.get(), names.version)), version) &&
-                      version == seen.version && look_at(leaf) == seen.fingerprint;
+                      version == seen.version && leaf.address == seen.address && leaf.count == seen.count &&
+                      look_at(leaf) == seen.fingerprint;
     PyErr_Clear();
     return same ? &table->rows[seen.row] : nullptr;
 }
@@ -87,7 +90,7 @@ void remember(Table* table, const Leaf& leaf, size_t row) {
     if (called(tensor, names.is_inference).get() == Py_False &&
         integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {
         Ref weak(PyWeakref_NewRef(tensor, nullptr));
-        if (weak) table->seen[tensor] = Seen{std::move(weak), version, look_at(leaf), row};
+        if (weak) table->seen[tensor] = Seen{std::move(weak), version, look_at(leaf), leaf.address, leaf.count, row};
     }
     PyErr_Clear();
 }
