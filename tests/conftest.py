@@ -53,6 +53,19 @@ def capture(tmp_path: Path) -> Capture:
     return lambda *args, **kwargs: capture_into(tmp_path / f"capture{next(numbers)}", *args, **kwargs)
 
 
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The step of each value that eager capture describes."""
+    from msprobe_graph.taps.recorder import Recorder
+
+    steps_of_values: list[int] = []
+    value = Recorder.value
+    monkeypatch.setattr(
+        Recorder, "value", lambda self, *args: steps_of_values.append(self._number) or value(self, *args)
+    )
+    return steps_of_values
+
+
 @pytest.fixture(scope="session")
 def wheel_folder(request: pytest.FixtureRequest) -> Path:
     """Where wheels are kept from one run to the next."""

@@ -54,7 +54,7 @@ def findings(device: torch.device, folder: Path) -> Iterator[Finding]:
         yield from (Finding(way, None, f"{device.type} has no graphs to replay") for way in (graph, inside))
         return
     yield _tried(graph, _replayed, device, folder / "graph")
-    if of(device).saves_in_graphs:
+    if of(device).save_in_graph is not None:
         yield _tried(inside, _saved_in_graph, device, folder / "saved_in_graph")
     else:
         yield Finding(inside, None, f"nothing here hands values from a graph of {device.type} to the host")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .load import load_settings
-from .settings import ConfigError, OperatorChanges, Settings, Slice, entry_matcher
+from .matching import entry_matcher
+from .settings import ConfigError, OperatorChanges, Settings, Slice
 from .watch import ConfigWatch
 
 if TYPE_CHECKING:

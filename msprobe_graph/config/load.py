@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 import yaml
 
+from .matching import entry_matcher
 from .settings import (
     LEFT_ALONE,
     MAPPING,
@@ -27,7 +28,6 @@ from .settings import (
     Task,
     TaskBlock,
     Trigger,
-    entry_matcher,
     field_doc,
 )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .settings import Settings, entry_matcher
+from .matching import entry_matcher
+from .settings import Settings
 
 _RISKS = {"ALL": {"core", "focus", "low"}, "FOCUS": {"core", "focus"}, "CORE": {"core"}}
 

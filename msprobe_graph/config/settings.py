@@ -8,8 +8,6 @@ form, the same in `Settings`, and, where the two differ, a line in load.py.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -62,6 +60,7 @@ def field_doc(field: FieldInfo) -> Meta:
 
 
 _Name = Annotated[str, Meta(min_length=1)]
+_Bytes = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([kKMGTP]i?)?B?\s*$")]
 _Numbers = tuple[
     Annotated[int, Meta(ge=0, le=NUMBER_MAX)] | Annotated[str, Meta(pattern=r"^\s*[0-9]+\s*(-\s*[0-9]+\s*)?$")], ...
 ]
@@ -268,9 +267,7 @@ class ConfigFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = OperatorChanges()
     max_bytes: Annotated[
-        Annotated[int, Meta(ge=1)]
-        | Annotated[str, Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([kKMGTP]i?)?B?\s*$")]
-        | None,
+        _Bytes | None,
         _doc(
             'a number of bytes of at least 1, as 500000000, "500MB" (powers of 1000) or "10GiB" (powers of 1024)',
             "Capture ends, and the manifest says so, when the dump reaches this. With keep_last the tensors that are "
@@ -279,9 +276,7 @@ class ConfigFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = None
     graph_copy_bytes: Annotated[
-        Annotated[int, Meta(ge=1)]
-        | Annotated[str, Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([kKMGTP]i?)?B?\s*$")]
-        | None,
+        _Bytes | None,
         _doc(
             'a number of bytes of at least 1, written as in max_bytes ("4GiB")',
             "Where tensors are saved inside CUDA graphs: the device's memory for copies of them, taken when the first "
@@ -374,28 +369,3 @@ class Settings(Struct, frozen=True, kw_only=True):
     summary_mode: SummaryMode
     slice: tuple[Slice, ...]
     request_id: str | None
-
-
-def entry_matcher(elements: Iterable[str]) -> Callable[[str], bool]:
-    """A function that tells whether an entry name is meant by any of these elements of `list` or `tensor_list`.
-
-    An element is a part of the name, or `name-regex(...)`, whose expression must match the whole name (as
-    MindSpore, where msProbe has this spelling from, does it). No elements mean no entry: that an empty `list`
-    captures everything is for the caller to know. Raises re.error for an invalid expression.
-
-        >>> wanted = entry_matcher(["linear", "name-regex(Tensor[.]mul[.].*)"])
-        >>> wanted("Functional.linear.0.forward"), wanted("Tensor.mul.3.backward"), wanted("Tensor.add.0.forward")
-        (True, True, False)
-    """
-    parts: tuple[str, ...] = ()
-    expressions: tuple[re.Pattern[str], ...] = ()
-    for element in elements:
-        if element.startswith("name-regex(") and element.endswith(")"):
-            expressions += (re.compile(element[len("name-regex(") : -1]),)
-        else:
-            parts += (element,)
-
-    def wanted(name: str) -> bool:
-        return any(part in name for part in parts) or any(regex.fullmatch(name) for regex in expressions)
-
-    return wanted

@@ -17,6 +17,9 @@ from msprobe_graph.dump.tensor_files import Host, TensorFiles
 
 from . import cuda_graphs
 
+SaveInGraph = Callable[[torch.Tensor, str, TensorFiles], None]
+"""Has the graph that is being captured save a tensor under a path at each replay."""
+
 _captured = itertools.count()
 
 
@@ -30,9 +33,9 @@ class Device:
         self.device = device
 
     @property
-    def saves_in_graphs(self) -> bool:
-        """Whether `save_in_graph` has the means that it needs."""
-        return False
+    def save_in_graph(self) -> SaveInGraph | None:
+        """None where there are no means for it."""
+        return None
 
     def capturing(self) -> bool:
         """Whether what runs now in the current stream only becomes part of a graph."""
@@ -45,10 +48,6 @@ class Device:
         """A contiguous copy that holds nothing but the values of `tensor`, as they are at this point of its stream."""
         with torch.no_grad():
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor), _arrived
-
-    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
-        """Have the graph that is being captured save `x` under `path` at each replay."""
-        raise NotImplementedError
 
 
 class Accelerator(Device):
@@ -87,10 +86,10 @@ class Cuda(Accelerator):
     """NVIDIA's, whose streams call functions of C alone."""
 
     @property
-    def saves_in_graphs(self) -> bool:
-        return cuda_graphs.saves_in_graphs()
+    def save_in_graph(self) -> SaveInGraph | None:
+        return self._save if cuda_graphs.saves_in_graphs() else None
 
-    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
+    def _save(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
         cuda_graphs.saves.save(x, functools.partial(files.write, path))
 
 
@@ -104,13 +103,13 @@ class Npu(Accelerator):
         """Kept alive: a graph may call them as long as it lives."""
 
     @property
-    def saves_in_graphs(self) -> bool:
-        return self._has_operator() or hasattr(self._module, "_launch_host_func")
+    def save_in_graph(self) -> SaveInGraph | None:
+        return self._save if self._has_operator() or hasattr(self._module, "_launch_host_func") else None
 
     def _has_operator(self) -> bool:
         return hasattr(torch.ops.npu, "save_npugraph_tensor")
 
-    def save_in_graph(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
+    def _save(self, x: torch.Tensor, path: str, files: TensorFiles) -> None:
         """torch_npu's own operator is preferred, because no Python runs for it; the files are called as it has it,
         after ``<path>.graph<N>.pt`` for the N-th that was captured. Else the values go into memory of this call's own,
         and from there into the next file of `path`.

@@ -12,6 +12,7 @@ from . import triton_kernels as kernels
 from .arrival import WORDS, Arrival, Shape, Slot
 from .graph_copies import GraphCopies
 from .launching import launch
+from .triton_copies import copy_listed
 from .triton_rows import DENSE, FINISHING_WARPS, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -181,7 +182,7 @@ class GraphRows:
         self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
     ) -> None:
         kind, strided, aligned = group
-        kernels.copy_listed[(most_parts, count)](
+        copy_listed[(most_parts, count)](
             self._table[first:], self._control,
             ELEMENT=WORD[dtype.itemsize], BLOCK=kind.block, STRIDED=strided, ALIGNED=aligned, num_warps=WARPS,
         )  # fmt: skip

@@ -57,8 +57,8 @@ def _save(x: torch.Tensor, path: str) -> None:
     device = device_of(x.device)
     if not device.capturing():
         files.save(path, x.numel() * x.element_size(), lambda: device.to_host(x))
-    elif device.saves_in_graphs:
-        files.attempt(path, device.save_in_graph, x, path, files)
+    elif (save := device.save_in_graph) is not None:
+        files.attempt(path, save, x, path, files)
     else:
         _say_captured(x.device)
 

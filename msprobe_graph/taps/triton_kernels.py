@@ -31,7 +31,7 @@ DENSE, NARROW, WIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _read(pointer, meaning, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.constexpr, BYTES: tl.constexpr):
+def read(pointer, meaning, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.constexpr, BYTES: tl.constexpr):
     """Elements by their numbers in row-major order; anything where not `inside` (None: all are). Of a float of one byte
     `meaning` has the 256 values."""
     if STRIDED:
@@ -63,14 +63,14 @@ def _floats(
     squares = tl.zeros([BLOCK], SUM)
     whole = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
-        x = _read(pointer, meaning, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
+        x = read(pointer, meaning, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
         highs = tl.maximum(highs, x)
         lows = tl.minimum(lows, x)
         sums += x
         squares += x * x
     if whole < end:
         inside = whole + lanes < end
-        x = _read(pointer, meaning, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
+        x = read(pointer, meaning, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
         highs = tl.maximum(highs, tl.where(inside, x, -INFINITY))
         lows = tl.minimum(lows, tl.where(inside, x, INFINITY))
         x = tl.where(inside, x, 0.0)
@@ -95,7 +95,7 @@ def _floats(
         negative_counts = tl.zeros([BLOCK], tl.int64)
         for start in range(begin, end, BLOCK):
             inside = start + lanes < end
-            x = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
+            x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
             x = x.to(tl.float64)
             finite = inside & (tl.abs(x) < INFINITY)
             finite_highs = tl.maximum(finite_highs, tl.where(finite, x, -INFINITY))
@@ -115,7 +115,7 @@ def _floats(
         wide_squares = tl.zeros([BLOCK], tl.float64)
         for start in range(begin, end, BLOCK):
             inside = start + lanes < end
-            x = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
+            x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
             x = x.to(tl.float64)
             x = tl.where(inside & (tl.abs(x) < INFINITY), x / scale, 0.0)
             wide_sums += x
@@ -144,7 +144,7 @@ def _integers(
     squares = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         inside = start + lanes < end
-        found = _read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+        found = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
         exact = found.to(tl.int64)
         if KIND == UINT64:  # with the highest bit flipped their order is that of an int64
             exact = exact ^ LEAST
@@ -216,7 +216,7 @@ def measure_one(
 
 
 @triton.jit
-def _counted(entry, control):
+def counted(entry, control):
     """The elements that count of a listed value: from the first up to but without the last."""
     first = tl.zeros([], tl.int64)
     last = tl.load(entry + 1)
@@ -244,51 +244,13 @@ def measure_listed(
         pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)
-        first, last = _counted(entry, control)
+        first, last = counted(entry, control)
         _part(
             pointer, meaning, first, last, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
             tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
             tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
             KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED,
         )  # fmt: skip
-
-
-@triton.jit
-def copy_listed(
-    table, control, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Copy the values that `table` describes, all with elements of one size, to where it says, in row-major order; of a
-    batch the rows that count. Grid and the rest as for `measure_listed`."""
-    if tl.load(control) != 0:
-        entry = table + tl.program_id(1) * 16
-        part = tl.program_id(0).to(tl.int64)
-        to = tl.load(entry + 14)
-        if (to != 0) & (part < tl.load(entry + 4)):
-            pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
-            copy = tl.multiple_of(to.to(tl.pointer_type(ELEMENT)), 16)
-            each = tl.load(entry + 3)
-            first, last = _counted(entry, control)
-            begin = tl.minimum(first + part * each, last)
-            end = tl.minimum(begin + each, last)
-            if ALIGNED:  # or nothing is read
-                pointer = tl.multiple_of(pointer, 16)
-                begin = tl.multiple_of(begin, 16)
-            s1 = tl.load(entry + 7)
-            s2 = tl.load(entry + 8)
-            s3 = tl.load(entry + 9)
-            t0 = tl.load(entry + 10)
-            t1 = tl.load(entry + 11)
-            t2 = tl.load(entry + 12)
-            t3 = tl.load(entry + 13)
-            lanes = tl.arange(0, BLOCK)
-            whole = begin + (end - begin) // BLOCK * BLOCK
-            for start in range(begin, whole, BLOCK):
-                found = _read(pointer, None, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
-                tl.store(copy + start + lanes, found)
-            if whole < end:
-                inside = whole + lanes < end
-                found = _read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
-                tl.store(copy + whole + lanes, found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["index", "address", "inner", "copy", *_SCALARS])

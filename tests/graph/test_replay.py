@@ -89,7 +89,7 @@ def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) ->
                 graph.replay()
             results.append(y.clone())
 
-    _, *replayed = dumped(tmp_path / "graph", calls, level=level)
+    _, *replayed = dumped(tmp_path / "graph", reduced, level=level)
     expected = plain(tmp_path / "plain", batches, level=level)
     assert len(replayed) == len(expected) == 3
     for there, here in zip(expected, replayed, strict=True):
@@ -142,18 +142,18 @@ def test_two_replays_in_a_step_are_an_overrun(tmp_path: Path) -> None:
     assert OVERRUN in holes(step).values()
 
 
+def reduced(debugger: PrecisionDebugger) -> None:
+    compiled = torch.compile(model(), backend=msprobe_backend, options={"mode": "reduce-overhead"})
+    for batch in inputs(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        with debugger.start(compiled):
+            compiled(batch)
+
+
 @pytest.mark.parametrize("level", ["L0", "mix"])
 def test_reduce_overhead(tmp_path: Path, level: str) -> None:
     batches = inputs(5)
-
-    def calls(debugger: PrecisionDebugger) -> None:
-        compiled = torch.compile(model(), backend=msprobe_backend, options={"mode": "reduce-overhead"})
-        for batch in batches:
-            torch.compiler.cudagraph_mark_step_begin()
-            with debugger.start(compiled):
-                compiled(batch)
-
-    found = dumped(tmp_path / "graph", calls, level=level)
+    found = dumped(tmp_path / "graph", reduced, level=level)
     expected = plain(tmp_path / "plain", batches, level=level)
     for there, here in zip(expected, found, strict=True):
         assert differences(there, here) == []
@@ -204,15 +204,7 @@ def test_the_files_of_a_replay_are_those_of_a_run_without_graphs(tmp_path: Path,
 @pytest.mark.parametrize("level", ["L0", "mix"])
 def test_reduce_overhead_saves_tensors(tmp_path: Path, level: str) -> None:
     batches = inputs(5)
-
-    def calls(debugger: PrecisionDebugger) -> None:
-        compiled = torch.compile(model(), backend=msprobe_backend, options={"mode": "reduce-overhead"})
-        for batch in batches:
-            torch.compiler.cudagraph_mark_step_begin()
-            with debugger.start(compiled):
-                compiled(batch)
-
-    found = dumped(tmp_path / "graph", calls, level=level, task="tensor")
+    found = dumped(tmp_path / "graph", reduced, level=level, task="tensor")
     expected = plain(tmp_path / "plain", batches, level=level, task="tensor")
     for there, here in zip(expected, found, strict=True):
         assert differences(there, here) == []

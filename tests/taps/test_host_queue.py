@@ -74,6 +74,13 @@ def waits(work: Callable[[], None], seconds: float = 0.3) -> threading.Thread | 
     return thread if thread.is_alive() else None
 
 
+def waiting_in(work: Callable[[], None]) -> threading.Thread:
+    """The thread that waits in it."""
+    thread = waits(work)
+    assert thread is not None
+    return thread
+
+
 def test_host_functions_have_addresses() -> None:
     assert len(set(host_functions())) == len(HostFunctions._fields)
     assert all(host_functions())
@@ -118,8 +125,7 @@ def test_a_full_queue_waits_for_room() -> None:
     taken.go.clear()
     slot.push(b"a" * 100)
     slot.push(b"b" * 100)
-    waiting = waits(lambda: slot.push(b"c" * 100))
-    assert waiting is not None
+    waiting = waiting_in(lambda: slot.push(b"c" * 100))
     taken.go.set()
     waiting.join(30)
     assert not waiting.is_alive()
@@ -132,8 +138,7 @@ def test_a_value_larger_than_the_queue_has_it_for_itself() -> None:
     slot = Slot(queue, taken)
     taken.go.clear()
     slot.push(b"a" * 1000)
-    waiting = waits(lambda: slot.push(b"b" * 1000))
-    assert waiting is not None
+    waiting = waiting_in(lambda: slot.push(b"b" * 1000))
     taken.go.set()
     waiting.join(30)
     queue.drain()
@@ -164,8 +169,7 @@ def test_widening_frees_who_waits() -> None:
     slot = Slot(queue, taken)
     taken.go.clear()
     slot.push(b"a" * 10)
-    waiting = waits(lambda: slot.push(b"b" * 10))
-    assert waiting is not None
+    waiting = waiting_in(lambda: slot.push(b"b" * 10))
     queue.widen()
     waiting.join(30)
     assert not waiting.is_alive()
@@ -218,8 +222,7 @@ def test_in_a_forked_process() -> None:
     slot = Slot(queue, taken)
     taken.go.clear()
     slot.push(b"a" * 10)
-    waiting = waits(lambda: slot.push(b"b" * 10))
-    assert waiting is not None
+    waiting = waiting_in(lambda: slot.push(b"b" * 10))
     child = os.fork()
     if child == 0:
         queue.restart()

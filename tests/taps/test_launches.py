@@ -14,7 +14,6 @@ import torch
 from msprobe_graph import PrecisionDebugger
 from msprobe_graph.dump.reader import read, steps
 from msprobe_graph.taps.launches import launch_of
-from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.taps.triton_rows import KINDS
 from tests.capturing import Apply
 
@@ -44,13 +43,8 @@ def values(dtype: torch.dtype, number: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_they_are_measured_right(
-    dtype: torch.dtype, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_are_measured_right(dtype: torch.dtype, layout: str, tmp_path: Path, described: list[int]) -> None:
     """Against float64 on the CPU; and in the last steps nothing is described."""
-    described: list[int] = []
-    value = Recorder.value
-    monkeypatch.setattr(Recorder, "value", lambda self, *args: described.append(self._number) or value(self, *args))
     model = Apply(lambda x, flag: x)
     debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "L0"})
     inputs = [LAYOUTS[layout](values(dtype, number)) for number in range(4)]
