@@ -89,7 +89,7 @@ def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) ->
                 graph.replay()
             results.append(y.clone())
 
-    _, *replayed = dumped(tmp_path / "graph", reduced, level=level)
+    _, *replayed = dumped(tmp_path / "graph", calls, level=level)
     expected = plain(tmp_path / "plain", batches, level=level)
     assert len(replayed) == len(expected) == 3
     for there, here in zip(expected, replayed, strict=True):
