@@ -24,6 +24,13 @@ from .module_backward import Edges
 from .paths import Paths
 
 
+class Counts(NamedTuple):
+    """How many calls of some names have been counted."""
+
+    calls: Mapping[str, int]
+    within_modules: Mapping[tuple[str, str | None], int]
+
+
 class Numbering:
     """Call numbers within one step: of a name in all, and of a name within one module."""
 
@@ -52,16 +59,14 @@ class Numbering:
         """How many calls of each name have been counted."""
         return dict(self.calls)
 
-    def stands_at(self, counts: Mapping[str, int]) -> bool:
-        """Whether as many calls of each name have been counted."""
-        calls = self.calls
-        if calls.keys().isdisjoint(counts):
-            return not any(counts.values())
-        return all(calls.get(name, 0) == count for name, count in counts.items())
+    def stands_at(self, counts: Counts) -> bool:
+        """Whether so many calls have been counted."""
+        return _agree(self.calls, counts.calls) and _agree(self.within_modules, counts.within_modules)
 
-    def go_to(self, counts: Mapping[str, int]) -> None:
-        """Count calls of each name up to there."""
-        self.calls.update(counts)
+    def go_to(self, counts: Counts) -> None:
+        """Count calls up to there."""
+        self.calls.update(counts.calls)
+        self.within_modules.update(counts.within_modules)
 
     def within(self, name: str, module: str | None) -> int:
         """Which call of `name` this is within `module`, counted by being asked."""
@@ -69,6 +74,12 @@ class Numbering:
         number = self.within_modules[key]
         self.within_modules[key] = number + 1
         return number
+
+
+def _agree(counted: Mapping[Any, int], expected: Mapping[Any, int]) -> bool:
+    if counted.keys().isdisjoint(expected):
+        return not any(expected.values())
+    return all(counted.get(key, 0) == count for key, count in expected.items())
 
 
 class Place(NamedTuple):

@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from msprobe_graph.dump.records import Entry, Hole, TensorRecord
 from msprobe_graph.eager.context import Context
 from msprobe_graph.taps.copied import Copied
 
+from .earlier import Found
 from .numbered import EntryPart, Named, NumberedCalls
 from .plan import Absent, Call, Plan, Ref, Value, tensors, valued
 from .replay import Frame
@@ -24,16 +26,21 @@ class Entries:
     """`take` or `take_passing` is called for each value, then `record_forward`, and `record_backward` if there is a
     backward pass."""
 
-    def __init__(self, plan: Plan, context: Context, inputs: Sequence[Any], reasons: Mapping[int, str]) -> None:
+    def __init__(
+        self, plan: Plan, context: Context, inputs: Sequence[Any], reasons: Mapping[int, str], found: Found
+    ) -> None:
+        """`found`: the records of values that were seen already."""
         self._plan = plan
         self._context = context
         self._reasons = reasons
         self._calls = NumberedCalls(plan, context, inputs)
-        self._found: dict[tuple[int, str | None], Any] = {}
+        self.found: dict[tuple[int, str | None], Any] = dict(found)
         """The values seen, as records: by id, and by the file where a value is saved."""
         self._measured: dict[int, TensorRecord] = {}
         """Records of what taps have seen, by the id of the value itself or of the one it is a view of."""
-        self._parameters: dict[int, Any] = {}
+        self._parameters = {
+            id(inputs[position]): found[ref, None] for ref, position in plan.inputs.items() if (ref, None) in found
+        }
         """Records of the graph's inputs, by the id of the tensor, where no file is to be saved."""
         self._forward: dict[int, Entry] = {}
         """The forward entries, by call."""
@@ -44,6 +51,18 @@ class Entries:
         return self._calls.named
 
     @property
+    def forward(self) -> dict[str, Entry]:
+        """What `record_forward` has recorded, by name."""
+        return {entry.name: entry for entry in self._forward.values()}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those of the forward entries, whose parameters stand in them."""
+        calls = ((self._plan.calls[index], self.named[index]) for index in self._forward)
+        modules = (self._context.paths.module(named.module) for call, named in calls if call.kind == "module")
+        return [module for module in modules if module is not None]
+
+    @property
     def saved(self) -> Collection[int]:
         """The values, by id, that files are made of."""
         return self._calls.saved
@@ -51,7 +70,7 @@ class Entries:
     def take(self, ref: int, value: Any) -> None:
         """An input or output of the graph, by its id, as it is now."""
         for stem in self._calls.files.get(ref, (None,)):
-            self._found[ref, stem] = record = self._context.recorder.value(value, stem)
+            self.found[ref, stem] = record = self._context.recorder.value(value, stem)
             if stem is None:
                 self._parameters[id(value)] = self._measured[ref] = record
         self._take_views(ref, value)
@@ -61,12 +80,12 @@ class Entries:
         base = self._plan.same.get(ref, ref)
         for stem in self._calls.files.get(ref, (None,)):
             record = self._context.recorder.passing(value, stem, self._measured.get(base))
-            self._found[ref, stem] = self._measured[base] = record
+            self.found[ref, stem] = self._measured[base] = record
         self._take_views(ref, value)
 
     def take_replayed(self, frame: Frame) -> None:
         """What CUDA graphs measure of this call, but for what was seen without them."""
-        seen = {ref for ref, _ in self._found}
+        seen = {ref for ref, _ in self.found}
         recorder = self._context.recorder
         for ref, slots in frame.slots.items():
             if ref not in seen:
@@ -80,7 +99,7 @@ class Entries:
         recorder = self._context.recorder
         files: list[tuple[str, TensorRecord]] = []
         for stem in self._calls.files.get(ref, (None,)):
-            self._found[ref, stem] = own = recorder.view_of(record, "same") if files else record
+            self.found[ref, stem] = own = recorder.view_of(record, "same") if files else record
             if stem is not None:
                 files.append((f"{stem}.pt", own))
         if files:
@@ -167,7 +186,7 @@ class Entries:
         if isinstance(nest, Ref):
             value = self._plan.values[valued(nest.id)]
             gradient = nest.id != valued(nest.id)
-            record = self._found.get((nest.id, stem if saves else None)) if nest.told else None
+            record = self.found.get((nest.id, stem if saves else None)) if nest.told else None
             if record is None:
                 missing[stem] = self._reason(nest)
                 record = _unseen_record(value, missing[stem])

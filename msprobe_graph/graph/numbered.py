@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.dump.names import api_entry, module_call, module_prefix
-from msprobe_graph.eager.context import Numbering, RunningModules
+from msprobe_graph.eager.context import Counts, Numbering, RunningModules
 from msprobe_graph.eager.paths import Paths
 
 from .plan import Call, Place, Plan, Ref, refs
@@ -42,6 +42,22 @@ class Named(NamedTuple):
     def entry(self, kind: str, direction: Any) -> str:
         make = module_call(self.prefix, direction, self.number)
         return make if kind == "module" else api_entry(self.prefix, self.number, direction)
+
+
+class Counted(NamedTuple):
+    """What a run of a graph does to the numbers of calls."""
+
+    before: Counts
+    after: Counts
+
+    @classmethod
+    def by(cls, plan: Plan, named: Sequence[Named]) -> Counted:
+        """The run in which the plan's calls were called like that."""
+        calls = [(each.prefix, each.number) for each in named]
+        functions = zip(plan.calls, named, strict=True)
+        within = [((n.prefix, n.module), n.within) for call, n in functions if call.kind == "api" and n.wanted]
+        before = Counts(dict(reversed(calls)), dict(reversed(within)))
+        return cls(before, Counts(_behind(calls), _behind(within)))
 
 
 class NumberedCalls:
@@ -147,6 +163,10 @@ class NumberedCalls:
         for ref in elsewhere & found.keys():
             found[ref].append(None)
         return found
+
+
+def _behind(numbers: Iterable[tuple[Any, int]]) -> dict[Any, int]:
+    return {key: number + 1 for key, number in numbers}
 
 
 def _add_stems(nest: Any, stem: str, found: dict[int, list[str | None]]) -> None:

@@ -22,6 +22,7 @@ from msprobe_graph.taps.graph_copies import GraphCopies
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 from msprobe_graph.taps.rows import has_triton
 
+from .numbered import Counted, Named
 from .plan import Part, Plan
 from .saving import Saving
 
@@ -31,28 +32,27 @@ if TYPE_CHECKING:
     from msprobe_graph.taps.replayed import ReplayedCall
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
-    from .numbered import Named
     from .region import Region
-
-
-Counts = Mapping[str, int]
 
 
 class Recorded:
     """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
     but for the values, which come from the device, one step is like the other."""
 
-    def __init__(self, call: ReplayedCall, begin: Counts, end: Counts, weights: Sequence[torch.Tensor]) -> None:
-        """begin, end: how many calls of each name were counted before and after it."""
+    def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
         self._call = call
-        self._begin = begin
-        self._end = end
+        self._counted = counted
         self._weights = weights
         self._versions = self._found_versions()
 
     @classmethod
     def of(
-        cls, call: ReplayedCall, named: Sequence[Named], lasting: Collection[torch.Tensor], context: Context
+        cls,
+        call: ReplayedCall,
+        plan: Plan,
+        named: Sequence[Named],
+        lasting: Collection[torch.Tensor],
+        context: Context,
     ) -> Recorded | None:
         """None where the next step may differ: calls are chosen by what went before, or records are kept, or files of
         the step are made, weights' among them."""
@@ -67,16 +67,14 @@ class Recorded:
         }
         if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
             return None
-        begin = {each.prefix: each.number for each in reversed(named)}
-        end = {each.prefix: each.number + 1 for each in named}
-        return cls(call, begin, end, [*weights.values(), *lasting])
+        return cls(call, Counted.by(plan, named), [*weights.values(), *lasting])
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
-        return context.numbering.stands_at(self._begin) and self._versions == self._found_versions()
+        return context.numbering.stands_at(self._counted.before) and self._versions == self._found_versions()
 
     def repeat(self, context: Context) -> None:
-        context.numbering.go_to(self._end)
+        context.numbering.go_to(self._counted.after)
         context.recorder.replays.append(self._call)
 
     def _found_versions(self) -> list[int]:

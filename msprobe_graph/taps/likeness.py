@@ -12,7 +12,7 @@ import functools
 import importlib
 import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
@@ -73,6 +73,9 @@ class Table(Protocol):
     ) -> bool | None:
         """True if the call has also ended like that earlier one: then what it returned is measured, and its entry is
         among `entries`. `parameters` are those of a module."""
+
+    def measure(self, likeness: Likeness, values: object) -> bool:
+        """Measure `values` if they are like those."""
 
     def calls(self) -> list[tuple[Likeness, int]]:
         """What was measured: likenesses with records, each with the number of the first one's row."""
@@ -158,12 +161,24 @@ class Kind(IntEnum):
     """A dataclass, with its fields."""
     ON_GPU = 7
     """As TENSOR, but on a GPU, and lying in its memory the same way."""
+    FORM = 8
+    """A tensor of the same type, dtype, shape and requires_grad. It is not measured."""
 
 
 def anything(kind: type) -> Likeness | None:
     """What all values of that type are like: nothing of them is measured."""
     known = extension()
     return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [], _CPU)
+
+
+def form(values: object) -> Likeness | None:
+    """What values are like that are not measured: the same weights, tensors of the same form, and the same of
+    everything else. None where that can't be told."""
+    known = extension()
+    if known is None:
+        return None
+    parts = [part for part, _ in _parts(values, -2, _form)]
+    return None if None in parts else Likeness(known.Pattern(parts), [], [], _CPU)
 
 
 class _Part(NamedTuple):
@@ -188,7 +203,8 @@ class _Part(NamedTuple):
 
 
 class _Extension(Protocol):
-    def Pattern(self, parts: list[_Part]) -> Pattern: ...
+    def Pattern(self, parts: Sequence[_Part | None]) -> Pattern:
+        """Of no None."""
 
     def Table(self, without_gradients: bool, weights: Probes | None) -> Table: ...
 
@@ -244,7 +260,7 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
     measured: list[TensorRecord] = []
     dtypes: list[torch.dtype] = []
     devices: set[torch.device] = set()
-    for part, tensor in _parts(values, -2):
+    for part, tensor in _parts(values, -2, _tensor):
         if part is None:
             return None
         parts.append(part)
@@ -255,7 +271,7 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
         record = waiting[id(tensor)].pop()
         if record.reason is not msgspec.UNSET:
             return None
-        if part.kind is not Kind.WEIGHT:
+        if part.kind in (Kind.TENSOR, Kind.ON_GPU):
             measured.append(record)
             dtypes.append(tensor.dtype)
             devices.add(tensor.device)
@@ -267,11 +283,13 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
 _CPU = torch.device("cpu")
 
 
-def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor | None]]:
+def _parts(
+    value: Any, depth: int, of_tensor: Callable[[torch.Tensor], _Part | None]
+) -> Iterator[tuple[_Part | None, torch.Tensor | None]]:
     """The lines for `value`, with the tensor that one is for. None in place of a line where there can be none."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        yield _tensor(value), value
+        yield of_tensor(value), value
         return
     children = contents(value) if depth < MAX_DEPTH else None
     if children is None:
@@ -284,10 +302,30 @@ def _parts(value: Any, depth: int) -> Iterator[tuple[_Part | None, torch.Tensor 
     else:
         yield _Part(Kind.KEYS if isinstance(value, dict) else Kind.FIELDS, kind, tuple(children)), None
     for child in children.values() if isinstance(children, Mapping) else children:
-        yield from _parts(child, depth + 1)
+        yield from _parts(child, depth + 1, of_tensor)
 
 
 def _tensor(tensor: torch.Tensor) -> _Part | None:
+    """The line for a tensor that is measured, unless it is a weight."""
+    form = _form(tensor)
+    if form is None or form.kind is Kind.WEIGHT:
+        return form
+    if form.type not in PLAIN:
+        return None
+    if tensor.is_cpu:
+        return form._replace(kind=Kind.TENSOR) if tensor.numel() < native.LARGE else None
+    if not (tensor.is_cuda and has_triton()):
+        return None
+    if not tensor.numel():
+        return form
+    from .launches import launch_of
+
+    launch = launch_of(tensor)
+    return launch and form._replace(kind=Kind.ON_GPU, strides=tensor.stride(), launch=launch)
+
+
+def _form(tensor: torch.Tensor) -> _Part | None:
+    """The line for a tensor that is not measured."""
     kind = type(tensor)
     code = native.CODES.get(tensor.dtype)
     if code is None or tensor.is_nested:
@@ -295,16 +333,7 @@ def _tensor(tensor: torch.Tensor) -> _Part | None:
     form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
     if is_weight(tensor) and not tensor.is_inference():
         return _Part(Kind.WEIGHT, kind, weakref.ref(tensor), *form)
-    if kind not in PLAIN or tensor.numel() >= native.LARGE:
-        return None
-    if tensor.is_cpu:
-        return _Part(Kind.TENSOR, kind, None, *form)
-    if not (tensor.is_cuda and has_triton()):
-        return None
-    from .launches import launch_of
-
-    launch = launch_of(tensor)
-    return launch and _Part(Kind.ON_GPU, kind, None, *form, tensor.stride(), launch)
+    return _Part(Kind.FORM, kind, None, *form)
 
 
 def _found(nest: Any, kind: type[T], depth: int) -> Iterator[T]:

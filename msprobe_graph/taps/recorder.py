@@ -62,6 +62,8 @@ class Recorder:
         self._row_memory = RowMemory()
         self.forget_calls: Callable[[], None] = lambda: None
         """To be called when what is kept of earlier calls holds no longer; whoever keeps it puts it here."""
+        self.kept = object()
+        """Another one whenever `forget_calls` is called."""
         self.run = 0
         """Counts the steps that were begun, those that were dropped included."""
         self.forget()
@@ -69,7 +71,11 @@ class Recorder:
 
     def forget(self) -> None:
         """What the running step has measured will not be known: it is to be measured again."""
-        self._measured = Measured(self._extension is None, lambda: self.forget_calls())
+        self._measured = Measured(self._extension is None, self._forget_calls)
+        self._forget_calls()
+
+    def _forget_calls(self) -> None:
+        self.kept = object()
         self.forget_calls()
 
     def begin(self, number: int) -> None:
@@ -78,7 +84,10 @@ class Recorder:
         self._number = number
         self._rows = Rows(self._row_memory)
         self._records: dict[int, TensorRecord] = {}
-        self._shared: list[Shared] = []
+        self.shared: list[Shared] = []
+        """Records that have their statistics from others."""
+        self._shared_again: list[Shared] = []
+        """The same, of calls that are like those of earlier steps."""
         self._launched: LaunchedRows | None = None
         """The part of it that is on a GPU."""
         self.table: Table | None = None
@@ -127,7 +136,7 @@ class Recorder:
             entries=[*self.entries.values(), *late],
             rows=rows if self._measures else None,
             records=dict(self._records),
-            shared=list(self._shared),
+            shared=list(self.shared),
             alike=self._alike_in_step(),
             replays=[ReplayInStep(call, rows.arrival(call.graph)) for call in self.replays] if finished else [],
             copies=[CopiedInStep(self._number, values, rows.arrival(graph)) for graph, values in self._copied.items()],
@@ -145,7 +154,7 @@ class Recorder:
         calls = [] if self._table is None else self._table.calls()
         if self._table is None or not calls:
             return None
-        return AlikeInStep(self._table.contents(), self._launched, calls, self._last_text)
+        return AlikeInStep(self._table.contents(), self._launched, calls, self._shared_again, self._last_text)
 
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
@@ -172,6 +181,10 @@ class Recorder:
         if found is not None and found.device.type == "cuda":
             self._launches_on = found.device
         return found
+
+    def share_again(self, shared: Sequence[Shared]) -> None:
+        """Records of a call that is like an earlier one have their statistics from others of its records."""
+        self._shared_again += shared
 
     def unread(self) -> Likeness | None:
         """The same of values that are not recorded."""
@@ -203,7 +216,7 @@ class Recorder:
         else:
             record = TensorRecord("torch.Tensor", same.dtype, tensor.shape, None, None, None, None, False)
             record.reason = same.reason
-            self._shared.append((same, record, None))
+            self.shared.append((same, record, None))
         if stem is not None and record.reason is msgspec.UNSET and self._save(tensor, None, f"{stem}.pt"):
             record.data_name = f"{stem}.pt"
         return record
@@ -227,7 +240,7 @@ class Recorder:
     def view_of(self, record: TensorRecord, shape: tuple[int | None, ...] | Literal["same"]) -> TensorRecord:
         """The record of all elements of another one's value, in a shape of which one size may be open."""
         view = TensorRecord("torch.Tensor", record.dtype, None, None, None, None, None, False)
-        self._shared.append((record, view, shape))
+        self.shared.append((record, view, shape))
         return view
 
     @contextmanager
@@ -239,12 +252,12 @@ class Recorder:
         """
         call = self._replayed_now = ReplayedCall(graph, slots)
         self.replays.append(call)
-        outside = self.entries, self.holes, self._shared, self.graphs
-        self.entries, self.holes, self._shared, self.graphs = call.entries, call.holes, call.shared, call.graphs
+        outside = self.entries, self.holes, self.shared, self.graphs
+        self.entries, self.holes, self.shared, self.graphs = call.entries, call.holes, call.shared, call.graphs
         try:
             yield call
         finally:
-            self.entries, self.holes, self._shared, self.graphs = outside
+            self.entries, self.holes, self.shared, self.graphs = outside
             self._replayed_now = None
 
     def _tensor(self, tensor: torch.Tensor, stem: str | None) -> TensorRecord:
@@ -259,7 +272,7 @@ class Recorder:
             elif self._table is not None and not is_weight(tensor):
                 # Calls that are like this one may be given another tensor.
                 record = msgspec.structs.replace(before)
-                self._shared.append((before, record, None))
+                self.shared.append((before, record, None))
             else:
                 record = before
             return record

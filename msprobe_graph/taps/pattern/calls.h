@@ -129,4 +129,15 @@ PyObject* end(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     return Ref::shared(Py_True).release();
 }
 
+PyObject* measure_values(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 2 || !PyTuple_Check(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "measure takes a likeness and values");
+        return nullptr;
+    }
+    Table* const table = reinterpret_cast<Table*>(self);
+    const bool like = usable(table) && measure(table, arguments[0], arguments[1]);
+    PyErr_Clear();
+    return PyBool_FromLong(like);
+}
+
 }  // namespace

@@ -14,7 +14,7 @@ constexpr int64_t MAPPED = int64_t(1) << 40;   // see unmeasurable.py
 constexpr int64_t OFFSETS = int64_t(1) << 30;  // below are the "addresses" of tensors whose storage a GPU has freed
 
 // The order is that of likeness.Kind.
-enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU };
+enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU, FORM };
 
 // How a tensor on a GPU is measured: see launches.Launch.
 struct Launch {
@@ -27,7 +27,7 @@ struct Part {
     Kind kind;
     Ref type;
     Ref object;  // WEIGHT: a weak reference to it; EQUAL: the value; KEYS, FIELDS: a tuple of names
-    Ref dtype;   // TENSOR, ON_GPU, WEIGHT
+    Ref dtype;   // TENSOR, ON_GPU, WEIGHT, FORM
     int64_t size = 0;  // ITEMS: how many; TENSOR: bytes of an element
     int32_t code = 0;
     bool requires_grad = false;
@@ -74,6 +74,8 @@ class Match {
                 return tensor(part, value);
             case ON_GPU:
                 return on_gpu(part, value);
+            case FORM:
+                return same_form(part, value);
             case EQUAL:
                 if (PyFloat_CheckExact(value)) return same_float(value, part.object.get());
                 return PyObject_RichCompareBool(value, part.object.get(), Py_EQ) == 1;

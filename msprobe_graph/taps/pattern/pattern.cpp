@@ -116,6 +116,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef table_methods[] = {
     {"begin", fast(begin), METH_FASTCALL, nullptr},
     {"end", fast(end), METH_FASTCALL, nullptr},
+    {"measure", fast(measure_values), METH_FASTCALL, nullptr},
     {"attach", attach, METH_VARARGS, nullptr},
     {"calls", calls, METH_NOARGS, nullptr},
     {"headers", headers, METH_NOARGS, nullptr},
