@@ -87,6 +87,14 @@ def test_steps_differ_in_their_values(tmp_path: Path, described: list[int], inne
     assert len(set(outputs)) == len(found)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_steps_on_a_gpu(tmp_path: Path, described: list[int], level: str) -> None:
+    model = compiled(Net().cuda(), inner="inductor")
+    check(tmp_path, model, lambda number: model(batch(number).cuda()), level)
+    assert described == [0] + 5 * [0]
+
+
 class Views(nn.Module):
     """With values that are views and parts of others, an output that is an input, and one that is returned twice."""
 
@@ -103,10 +111,11 @@ class Views(nn.Module):
         return x, y, y.view(4, 4), [y]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_views_and_parts(tmp_path: Path, described: list[int], inner: str) -> None:
-    model = compiled(Views(), inner=inner)
-    check(tmp_path, model, lambda number: model(batch(number)))
+def test_views_and_parts(tmp_path: Path, described: list[int], inner: str, device: str) -> None:
+    model = compiled(Views().to(device), inner=inner)
+    check(tmp_path, model, lambda number: model(batch(number).to(device)))
     assert described == [0] + 5 * [0]
 
 
