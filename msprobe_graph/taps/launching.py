@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from .likeness import extension
 
@@ -44,7 +45,7 @@ class Launching:
             stream: int = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
             if compiled.launch(kernel, grid, stream, *_parameters(arguments)):
                 return  # else a thread may be new to the device, which Triton sees to
-        launched = function[(grid,)](*arguments, **constants)
+        launched = _by_triton(function, grid, arguments, constants)
         if key not in self._kernels:
             count = sum(argument is not None for argument in arguments)
             self._kernels[key] = _kernel(launched, count) if _set_up() else None
@@ -63,6 +64,16 @@ class Launching:
             if isinstance(argument, torch.Tensor)
         )
         return function, device, len(arguments), *kinds, *constants.values()
+
+
+def _by_triton(function: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """Triton's own launch. In a module that is compiled with its hooks dynamo would take Triton's frames for the
+    program's, and compile them."""
+    before = set_eval_frame(None)
+    try:
+        return function[(grid,)](*arguments, **constants)
+    finally:
+        set_eval_frame(before)
 
 
 def _parameters(arguments: tuple[torch.Tensor | int | None, ...]) -> list[int]:
