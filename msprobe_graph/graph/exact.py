@@ -14,9 +14,9 @@ from torch import fx
 from msprobe_graph.dump.boundary import Boundary
 
 from . import inductor_compat as inductor
-from .inductor_compat import SchedulerPass
+from .inductor_compat import SchedulerPass, Tap
 from .pins import pinned
-from .placement import places
+from .placement import places, standing
 from .stamps import Found, Wanted, spare
 
 REASONS = {
@@ -111,21 +111,17 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         found_places = places(schedule, tapped)
         missing.update((id, "overwritten") for id in tapped if id not in found_places)
         tapped = {id: buffered for id, buffered in tapped.items() if id in found_places}
-        at_places: dict[tuple[int, torch.device], list[int]] = {}
+        until = standing(schedule, tapped, found_places) if kind == "inference" else {}
+        groups: dict[tuple[int, torch.device, int | None], list[int]] = {}
         for id, buffered in tapped.items():
-            at_places.setdefault((found_places[id], buffered.device), []).append(id)
+            groups.setdefault((found_places[id], buffered.device, until.get(id)), []).append(id)
+        taps = [Tap(place, device, ids, end) for (place, device, end), ids in groups.items()]
+        # What an earlier program has left standing may be what this one writes into.
+        taps += [Tap(0, device, []) for device in schedule.written() if device.type == "cuda" and kind == "inference"]
+        taps = sorted(taps, key=lambda tap: tap.place) or [Tap(len(schedule.nodes), torch.device("cpu"), [])]
         before = schedule.names()
-        taps = [(at, device, ids) for (at, device), ids in sorted(at_places.items(), key=lambda item: item[0][0])]
-        if not taps:
-            taps = [(len(before), torch.device("cpu"), [])]
-        after = [*before, *("tap" for _ in taps)]
-        report = Report(kind, list(tapped), missing, before, after)
-        schedule.insert(
-            [
-                (at, device, [tapped[id] for id in ids], ids, report.note() if first == 0 else "")
-                for first, (at, device, ids) in enumerate(taps)
-            ]
-        )
+        report = Report(kind, list(tapped), missing, before, [*before, *("tap" for _ in taps)])
+        schedule.insert(taps, tapped, report.note())
         self.reports.append(report._replace(after=schedule.names()))
 
     def _found(self, graph: fx.Graph, kind: inductor.GraphKind) -> tuple[dict[int, Found], dict[int, str]]:

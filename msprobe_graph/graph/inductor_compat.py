@@ -5,7 +5,7 @@ What follows from how Inductor works, and not from its interfaces, is told where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -16,13 +16,13 @@ from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
-from .tap_op import KEEP, TAP, tap
+from .tap_op import KEEP, TAP, hold, tap, tap_standing
 
 # torch 2.11 takes any callable; its caches tell our passes by post_grad_custom_post_pass alone.
 SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 
-CALLED = "msprobe_graph_tap"
-"""The name under which generated Python has what a tap does."""
+CALLED = "msprobe_graph_"
+"""What the names begin with under which generated Python has what taps do."""
 
 GraphKind = Literal["inference", "forward", "backward"]
 
@@ -102,6 +102,16 @@ class Buffered(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.view.get_device_or_error()
+
+
+class Tap(NamedTuple):
+    """A tap that is to be put in."""
+
+    place: int
+    device: torch.device
+    ids: Sequence[int]
+    until: int | None = None
+    """The place up to which its values are standing; None where they are not."""
 
 
 class Schedule:
@@ -237,11 +247,22 @@ class Schedule:
             or all(device is not None and device.type != "cpu" for device in devices)
         )
 
-    def insert(self, taps: Sequence[tuple[int, torch.device, Sequence[Buffered], Sequence[int], str]]) -> None:
-        """Put tap operators in: place, device, values, ids, note. Those at one place keep their order."""
+    def written(self) -> set[torch.device]:
+        """The devices on which the program writes into what it was given."""
+        given = (V.graph.graph_inputs[name] for name in V.graph.mutated_inputs)
+        devices = (each.get_device() for each in given if isinstance(each, ir.IRNode))
+        return {device for device in devices if device is not None}
+
+    def insert(self, taps: Sequence[Tap], values: Mapping[int, Buffered], note: str) -> None:
+        """Put tap operators in, the `note` with the first. Those at one place keep their order."""
         at: dict[int, list[scheduler.BaseSchedulerNode]] = {}
-        for place, device, values, ids, note in taps:
-            at.setdefault(place, []).append(self._tap(device, values, ids, note))
+        for number, (place, device, ids, until) in enumerate(taps):
+            buffered = [values[id] for id in ids]
+            does = tap if until is None else tap_standing
+            at.setdefault(place, []).append(self._tap(does, device, buffered, ids, note if number == 0 else ""))
+        for _, device, ids, until in taps:  # behind the taps that end it
+            if until is not None:
+                at.setdefault(until, []).append(self._tap(hold, device, [values[id] for id in ids], [], ""))
         nodes: list[scheduler.BaseSchedulerNode] = []
         for place in range(len(self.nodes) + 1):
             nodes += at.get(place, [])
@@ -249,10 +270,16 @@ class Schedule:
         self._scheduler.nodes = nodes
 
     def _tap(
-        self, device: torch.device, values: Sequence[Buffered], ids: Sequence[int], note: str
+        self,
+        does: Callable[[Sequence[torch.Tensor], Sequence[int], str], None],
+        device: torch.device,
+        values: Sequence[Buffered],
+        ids: Sequence[int],
+        note: str,
     ) -> scheduler.BaseSchedulerNode:
-        """A call of the tap operator. The buffers' lists of users are left as they are: what is decided by them while
-        code is generated (in-place reuse) stays decided as it was."""
+        """A call of the tap operator, which generated Python makes as one of a function of tap_op. The buffers' lists
+        of users are left as they are: what is decided by them while code is generated (in-place reuse) stays decided as
+        it was."""
         running = self._scheduler
         kernel = ir.FallbackKernel(
             ir.NoneLayout(device=device),
@@ -262,8 +289,9 @@ class Schedule:
             lambda tensors, constants: ([list(tensors), *constants], {}),
         )
         if not V.graph.cpp_wrapper:
-            V.graph.wrapper_code.add_import_once(f"from {tap.__module__} import {tap.__name__} as {CALLED}")
-            kernel.python_kernel_name = CALLED
+            name = f"{CALLED}{does.__name__}"
+            V.graph.wrapper_code.add_import_once(f"from {does.__module__} import {does.__name__} as {name}")
+            kernel.python_kernel_name = name
         node = running.create_scheduler_node(kernel)
         node.unmet_dependencies = OrderedSet(node.read_writes.reads)
         node.ancestors = OrderedSet()

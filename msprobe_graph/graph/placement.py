@@ -28,6 +28,19 @@ def places(schedule: Schedule, values: Mapping[int, Buffered]) -> dict[int, int]
     return found
 
 
+def standing(schedule: Schedule, values: Mapping[int, Buffered], places: Mapping[int, int]) -> dict[int, int]:
+    """Which of the values, that are tapped at `places`, nothing overwrites before the next tap on their device, or the
+    end where there is none: by id that place. Of GPUs only: others don't measure beside the program."""
+    found: dict[int, int] = {}
+    for device in {value.device for value in values.values() if value.device.type == "cuda"}:
+        ids = [id for id, value in values.items() if value.device == device]
+        tapped = sorted({places[id] for id in ids})
+        following = dict(zip(tapped, [*tapped[1:], len(schedule.nodes)], strict=True))
+        until = {id: following[places[id]] for id in ids}
+        found.update((id, place) for id, place in until.items() if values[id].end >= place)
+    return found
+
+
 def _groups(values: Mapping[int, Buffered], ids: Iterable[int]) -> Iterator[list[int]]:
     """Values that are all there at one time, in the order in which they come to be."""
     group: list[int] = []

@@ -154,6 +154,8 @@ class Region:
             outputs = self._compiled(*inputs)
         finally:
             invocations.pop()
+            if captured and self.frames.rows is not None:  # who called may write into what it gets
+                self._boundary.attempt(SITE, self.frames.rows.join)
         if captured:
             self._boundary.attempt(SITE, listener.returned, outputs)
         return outputs
@@ -167,6 +169,7 @@ class Listener:
         self._region = region
         self._frame = region.frames.of_round()
         self._saved = region.replays.saved(region.plan, inputs)
+        self._captured = captured
         if captured:
             plan, frame = region.plan, self._frame
             lasting = {position for position, each in enumerate(inputs) if isinstance(each, torch.nn.Parameter)}
@@ -174,13 +177,13 @@ class Listener:
             frame.lasting = {position: inputs[position] for position in lasting}
             self._measure({ref: inputs[position] for ref, position in plan.inputs.items() if position not in lasting})
 
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         if note:
             self._region.learn(note)
         rows = self._region.frames.rows
         boundary = self._region.replays.boundary
         if self._region.frames.capturing:
-            boundary.attempt(SITE, self._measure, dict(zip(ids, values, strict=True)))
+            boundary.attempt(SITE, self._measure, dict(zip(ids, values, strict=True)), standing and self._captured)
         elif rows is not None:
             boundary.attempt(SITE, rows.prepare, values)
 
@@ -188,9 +191,9 @@ class Listener:
         self._frame.outputs = len(outputs)
         self._measure({ref: outputs[position] for ref, position in self._region.plan.outputs.items()})
 
-    def _measure(self, values: Mapping[int, Any]) -> None:
+    def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
         with unseen():
-            self._frame.measure(self._region.plan, values, self._region.replays.padded, self._saved)
+            self._frame.measure(self._region.plan, values, self._region.replays.padded, self._saved, standing)
 
 
 @contextmanager
@@ -236,7 +239,7 @@ class Invocation:
         """The calls in the graph, as they are called in this run."""
         return self._entries.named
 
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         """What a tap calls. `note` comes with the first one of a graph: JSON that tells what could not be tapped."""
         if self._context.on and self._context.step == self._step:
             self._context.boundary.attempt(SITE, self._receive, values, ids, note)
@@ -330,7 +333,7 @@ class RunAgain:
         if not self._read(*_present(region.plan.inputs, inputs)):
             self._describe()
 
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         """What a tap calls, as `Invocation.receive`."""
         if self._described is not None:
             self._described.receive(values, ids, note)

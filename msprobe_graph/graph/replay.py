@@ -103,15 +103,20 @@ class Frame:
         """What an earlier step has recorded of it, once one has."""
 
     def measure(
-        self, plan: Plan, values: Mapping[int, torch.Tensor], padded: int | None, saved: Collection[int]
+        self,
+        plan: Plan,
+        values: Mapping[int, torch.Tensor],
+        padded: int | None,
+        saved: Collection[int],
+        standing: bool = False,
     ) -> None:
         """Have the graph that is being captured measure values of a plan, by id, and their parts, and copy those that
-        are `saved`. `padded`: see `RowsInGraphs.measure`."""
+        are `saved`. padded, standing: see `RowsInGraphs.measure`."""
         chosen = {id: value for id, value in plan.with_parts(values).items() if self.rows.takes(value)}
         within = {id: found for id, found in plan.columns.items() if found[0] in chosen and found[0] in saved}
         self._within.update((id, found) for id, found in within.items() if id in chosen)
         copied = [position for position, id in enumerate(chosen) if id in saved and id not in within]
-        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded, copied)
+        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded, copied, standing)
         for (id, value), slot in zip(chosen.items(), taken, strict=True):
             self.dtypes[id] = value.dtype
             if slot not in self.slots[id]:

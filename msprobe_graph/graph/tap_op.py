@@ -21,8 +21,10 @@ import torch
 class Invocation(Protocol):
     """One run of a compiled region."""
 
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
-        """`values` are the compiled program's own buffers: read them now, they may be overwritten right after."""
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
+        """`values` are the compiled program's own buffers: read them now, they may be overwritten right after. Those
+        that are `standing` are overwritten by nothing that the graph does before its next tap, and not if it has none;
+        but where nobody has a reference to them any more their memory serves others."""
 
 
 class Invocations(threading.local):
@@ -58,6 +60,18 @@ def tap(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
     invocation = invocations.top
     if invocation is not None:
         invocation.receive(values, ids, note)
+
+
+def tap_standing(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    """What generated Python calls for values that are standing: see `Invocation.receive`."""
+    invocation = invocations.top
+    if invocation is not None:
+        invocation.receive(values, ids, note, standing=True)
+
+
+def hold(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    """What generated Python calls up to where values are standing: the compiler keeps their memory for them until then.
+    Its other arguments are those of a tap, and empty."""
 
 
 def _nothing(*_: object) -> None:

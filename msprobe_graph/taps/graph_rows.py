@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 import triton.language as tl
@@ -45,9 +46,14 @@ class GraphRows:
             self._headers = torch.zeros(VALUES, dtype=torch.int64, device=device)
             """Of each slot, by number: its header's row."""
             self._control = torch.zeros(3, dtype=torch.int64, device=device)
-            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._outside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             """What is not to become part of a graph runs here, while one is captured. Nothing is measured before it is
             over: `switch` waits for it, and to capture within a step takes longer."""
+            self._branch = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            """Measures beside the program, in a branch of the graph: a decode step's kernels are short, and to measure
+            between them takes as long as they do."""
+            self._standing: Sequence[torch.Tensor] = []
+            """What it may be reading."""
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
@@ -80,8 +86,14 @@ class GraphRows:
                         self._launch_copy(tensor.dtype, group, 0, 1, 1)
 
     def measure(
-        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+        self,
+        values: Iterable[tuple[Sequence[Slot], torch.Tensor]],
+        padded: int | None,
+        copied: Collection[int] = (),
+        standing: bool = False,
     ) -> list[Slot]:
+        self.join()
+        values = list(values)
         groups: dict[tuple[torch.dtype, tuple[Kind, int, bool]], list[tuple[int, ...]]] = defaultdict(list)
         taken: list[Slot] = []
         for position, (slots, tensor) in enumerate(values):
@@ -102,18 +114,27 @@ class GraphRows:
             entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
             groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
         self._waits = True
-        for (dtype, group), entries in groups.items():
-            first, self._used_values = self._used_values, self._used_values + len(entries)
+        described: list[int] = []
+        for entries in groups.values():
+            described.append(self._used_values)
+            self._used_values += len(entries)
             if self._used_values > VALUES:
                 raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
-            with self._beside():
-                for at, entry in enumerate(entries, first):
+            with self._aside():
+                for at, entry in enumerate(entries, described[-1]):
                     kernels.describe[(1,)](self._table, at, *entry)
-            most_parts = max(entry[4] for entry in entries)
-            self._launch(dtype, group, first, len(entries), most_parts)
-            if any(entry[-1] for entry in entries):
-                self._launch_copy(dtype, group, first, len(entries), most_parts)
+        with self._beside([tensor for _, tensor in values]) if standing else nullcontext():
+            for first, ((dtype, group), entries) in zip(described, groups.items(), strict=True):
+                most_parts = max(entry[4] for entry in entries)
+                self._launch(dtype, group, first, len(entries), most_parts)
+                if any(entry[-1] for entry in entries):
+                    self._launch_copy(dtype, group, first, len(entries), most_parts)
         return taken
+
+    def join(self) -> None:
+        measured, self._standing = self._standing, []
+        if measured:
+            torch.cuda.current_stream(self.device).wait_stream(self._branch)
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])
@@ -143,20 +164,29 @@ class GraphRows:
         event.record()
         return Arrival(host, event, self._shapes, rows, copies)
 
-    def _beside(self) -> torch.cuda.StreamContext:
+    def _aside(self) -> torch.cuda.StreamContext:
         """A context beside the graph that is being captured. There are few streams, so the one that was taken may come
-        to be the one that is captured: then another is taken. A capture begins when all else is done."""
+        to be one that is captured: then another is taken. A capture begins when all else is done."""
         while True:
-            with torch.cuda.stream(self._aside):
+            with torch.cuda.stream(self._outside):
                 free = not torch.cuda.is_current_stream_capturing()
             if free:
-                return torch.cuda.stream(self._aside)
-            self._aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                return torch.cuda.stream(self._outside)
+            self._outside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _beside(self, standing: Sequence[torch.Tensor]) -> torch.cuda.StreamContext:
+        """A context in a branch of that graph, until `join`, in which values are read that are standing."""
+        program = torch.cuda.current_stream(self.device)
+        while self._branch == program:
+            self._branch = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._standing = standing
+        self._branch.wait_stream(program)
+        return torch.cuda.stream(self._branch)
 
     def _wait(self) -> None:
         if self._waits:
             self._waits = False
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+            torch.cuda.current_stream(self.device).wait_stream(self._outside)
 
     def _slot(self, room: int) -> Slot:
         header, self._used_rows = self._used_rows, self._used_rows + room + 1
@@ -164,7 +194,7 @@ class GraphRows:
             raise MemoryError(f"the parts of values in CUDA graphs take more than {ROWS} rows")
         slot = Slot(len(self._slots), header, room)
         self._slots.append(slot)
-        with self._beside():
+        with self._aside():
             kernels.put[(1,)](self._headers, slot.number, header)
         return slot
 

@@ -54,7 +54,11 @@ class PlainGraphRows:
 
     @torch.no_grad()
     def measure(
-        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+        self,
+        values: Iterable[tuple[Sequence[Slot], torch.Tensor]],
+        padded: int | None,
+        copied: Collection[int] = (),
+        standing: bool = False,
     ) -> list[Slot]:
         taken: list[Slot] = []
         on, begin, end = self._control.unbind()
@@ -76,6 +80,9 @@ class PlainGraphRows:
             measured = torch.cat([portable.measure(tensor, real, counted), words[FIRED : FIRED + 1] + 1, tag])
             words.copy_(torch.where(on != 0, measured, words))
         return taken
+
+    def join(self) -> None:
+        pass  # it measures in the order of the program
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])

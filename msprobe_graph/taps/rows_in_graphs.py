@@ -23,14 +23,23 @@ class RowsInGraphs(Protocol):
         """Have ready what `measure` needs for values like these, so that nothing need be compiled during a capture."""
 
     def measure(
-        self, values: Iterable[tuple[Sequence[Slot], torch.Tensor]], padded: int | None, copied: Collection[int] = ()
+        self,
+        values: Iterable[tuple[Sequence[Slot], torch.Tensor]],
+        padded: int | None,
+        copied: Collection[int] = (),
+        standing: bool = False,
     ) -> list[Slot]:
         """Have the graph that is being captured measure tensors that it `takes`, each into one of the slots given with
         it or, where they have no room, a new one.
 
         padded: rows of the batch, padding included, if there is one. copied: which of the values, by position, are
-        copied too, as far as there is room for copies. Raises MemoryError when there is no room left for slots.
+        copied too, as far as there is room for copies. standing: as long as they are referred to nothing overwrites
+        them before the next call of this or of `join`, so the graph may go on meanwhile. Raises MemoryError when there
+        is no room left for slots.
         """
+
+    def join(self) -> None:
+        """The graph that is being captured goes on only when all was measured. No capture may end without this."""
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up

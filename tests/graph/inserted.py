@@ -76,7 +76,7 @@ class Received:
         self.values: dict[int, torch.Tensor] = {}
         self.notes: list[dict[str, Any]] = []
 
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
+    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         if note:
             self.notes.append(json.loads(note))
         for value, id in zip(values, ids, strict=True):

@@ -1,0 +1,82 @@
+"""Values that a CUDA graph measures beside the program: nothing overwrites them before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import nn
+
+from msprobe_graph import PrecisionDebugger, msprobe_backend
+from msprobe_graph.dump.reader import StepDump, read, steps
+from msprobe_graph.graph.generated import UNCACHED, generated_code
+
+pytestmark = pytest.mark.gpu
+
+ROWS, NARROW, WIDE, BLOCKS = 16384, 16, 2048, 40
+"""A wide value takes longer to be measured than to be computed, and its memory serves the next ones."""
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(NARROW, WIDE, bias=False), nn.Linear(WIDE, NARROW, bias=False))
+            for _ in range(BLOCKS)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def captured(folder: Path, run: Callable[[PrecisionDebugger], None]) -> list[StepDump]:
+    debugger = PrecisionDebugger({"dump_path": str(folder), "level": "L0"})
+    with torch.no_grad(), torch._inductor.config.patch(UNCACHED):
+        run(debugger)
+    debugger.flush()
+    return [read(step) for step in steps(folder)]
+
+
+def test_nothing_overwrites_what_is_being_measured(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    batches = [torch.randn(ROWS, NARROW, device="cuda") for _ in range(4)]
+    results: list[torch.Tensor] = []
+
+    def replayed(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(Chain().cuda(), backend=msprobe_backend)
+        x = batches[0].clone()
+        with debugger.start(compiled):
+            compiled(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compiled(x)
+            results.append(y.clone())
+            y.zero_()  # its values are in the dump all the same
+        for batch in batches:
+            x.copy_(batch)
+            with debugger.start():
+                graph.replay()
+
+    def called(debugger: PrecisionDebugger) -> None:
+        compiled = torch.compile(Chain().cuda(), backend=msprobe_backend)
+        for batch in batches:
+            with debugger.start(compiled):
+                results.append(compiled(batch).clone())
+
+    with generated_code() as programs:
+        _, *found = captured(tmp_path / "replayed", replayed)
+    torch._dynamo.reset()
+    expected = captured(tmp_path / "called", called)
+    (program,) = programs
+    assert "msprobe_graph_tap_standing([" in program
+    assert "msprobe_graph_hold([" in program
+    assert len(found) == len(expected) == len(batches)
+    for there, here in zip(expected, found, strict=True):
+        assert here.data == there.data
+    assert torch.equal(results[0], results[-1])  # of the last replay
