@@ -35,17 +35,17 @@ Found = Mapping[tuple[int, str | None], Any]
 
 
 class Read(NamedTuple):
-    """A tensor that is measured: one of those that are given at a time, or a part of it."""
+    """A tensor that is measured: one of those that are given at a time, or a view of it."""
 
     id: int
     at: int
-    parts: tuple[Part, ...] = ()
-    """Which part it is, of which part, and so on, the outermost first."""
+    views: tuple[Part | list[int], ...] = ()
+    """Which part it is, or in which shape (-1: what is left), of what, and so on, the outermost first."""
 
     def of(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
         tensor = given[self.at]
-        for part in self.parts:
-            tensor = part.of(tensor)
+        for view in self.views:
+            tensor = view.of(tensor) if isinstance(view, Part) else tensor.reshape(view)
         return tensor
 
 
@@ -98,36 +98,36 @@ class Stages:
         new = dict(islice(found.items(), self._found, None))
         sharing = {id(each[1]): each for each in recorder.shared[self._shared :]}
         self._found, self._shared = len(found), len(recorder.shared)
-        reads: list[Read] = []
+        reads: dict[int, Read] = {}
+        """By the Python id of the record."""
         shared: list[Shared] = []
-        left = {id(record) for record in new.values()}
         for read in self._all(ids):
-            record = found.get((read.id, None))
-            left.discard(id(record))
-            each = sharing.get(id(record))
+            record = id(found.get((read.id, None)))
+            each = sharing.get(record)
+            if record in self._own or _is_kept(read.of(given)):
+                continue
             if each is not None and id(each[0]) in self._own:
                 shared.append(each)
-            elif not _is_kept(read.of(given)):
-                reads.append(read)
             else:
-                continue
-            self._own.add(id(record))
-        for view in left:  # those that have no memory of their own
-            shared.append(sharing[view])
-            self._own.add(view)
-        tensors = [read.of(given) for read in reads]
-        likeness = recorder.likeness(tensors, tensors, [found.get((read.id, None)) for read in reads])
+                reads[record] = read
+            self._own.add(record)
+        tensors = [read.of(given) for read in reads.values()]
+        likeness = recorder.likeness(tensors, tensors, [found.get((read.id, None)) for read in reads.values()])
         self.complete = likeness is not None
         if likeness is not None:
-            self.done.append(Stage(list(ids), reads, likeness, shared, new))
+            self.done.append(Stage(list(ids), list(reads.values()), likeness, shared, new))
 
     def _all(self, ids: Sequence[int]) -> Iterator[Read]:
-        """All tensors that can be had of what is given, the whole ones in front of their parts."""
+        """All tensors that can be had of what is given, a whole in front of its views."""
+        plan = self._plan
         left = deque(Read(id, index) for index, id in enumerate(ids))
         while left:
             read = left.popleft()
             yield read
-            left.extend(Read(part.id, read.at, (*read.parts, part)) for part in self._plan.parts.get(read.id, ()))
+            views: list[tuple[int, Part | list[int]]] = [(part.id, part) for part in plan.parts.get(read.id, ())]
+            for view in plan.reshaped.get(read.id, ()):
+                views.append((view, [-1 if size is None else size for size in plan.values[view].shape]))
+            left.extend(Read(id, read.at, (*read.views, view)) for id, view in views)
 
 
 def _is_kept(tensor: torch.Tensor) -> bool:

@@ -229,3 +229,18 @@ def test_no_step_waits_for_another(tmp_path: Path) -> None:
     means = [step.data["Module.head.Linear.forward.0"]["output"][0]["Mean"] for step in found]
     expected = [model(batch(number)).double().mean().item() for number in range(30)]
     assert means == pytest.approx(expected, rel=1e-5)
+
+
+class Reshaped(nn.Module):
+    """Returns a view of a value that fusion swallows, of which other views are used."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = torch.sigmoid(x).view(4, 4)
+        return y, torch.relu(y.reshape(16)), torch.tanh(y.view(2, 8).view(2, 2, 4))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_views_of_what_is_only_returned(tmp_path: Path, described: list[int], inner: str) -> None:
+    model = compiled(Reshaped(), inner=inner)
+    check(tmp_path, model, lambda number: model(batch(number)))
+    assert described == [0] + 5 * [0]
