@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor
 
 from ._compat import Retrace, example_value, hook_all_modules, on_compile_end, source
 from .plan import Value
@@ -64,6 +65,8 @@ class Marks(threading.local):
         """What takes the hooks away; empty when there are none."""
         self._marked: list[_Reading] = []
         """The marked graph, once it was handed over."""
+        self._deterministic = False
+        """Inductor's setting of that name when the frame was traced first: dynamo resets it whenever it has traced."""
         on_compile_end(partial(_forget, self._unhook, self._marked))
 
     def of(self, graph: fx.Graph) -> list[Mark] | None:
@@ -78,7 +81,9 @@ class Marks(threading.local):
             raise Retrace
         if not self._marked:
             self._unhook.append(hook_all_modules(_begin, _end))
+            self._deterministic = inductor.deterministic
             raise Retrace
+        inductor.deterministic = self._deterministic
         marked = self._marked.pop()
         return marked.marks if _read(graph).nodes == marked.nodes else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import fx, nn
 
 from msprobe_graph.graph._compat import module_calls
@@ -33,6 +34,19 @@ class Listening:
 @pytest.fixture
 def listening() -> Listening:
     return Listening(Marks())
+
+
+def test_the_graph_is_compiled_under_the_settings_of_the_first_trace(listening: Listening) -> None:
+    found: list[bool] = []
+
+    def compile(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        listening.marks.of(module.graph)
+        found.append(torch._inductor.config.deterministic)
+        return module.forward
+
+    with torch._inductor.config.patch(deterministic=True):
+        torch.compile(Net(layers=1).eval(), backend=compile)(torch.randn(2, 8))
+    assert found == [True]
 
 
 def test_marks_nest_as_the_calls_do(listening: Listening) -> None:
