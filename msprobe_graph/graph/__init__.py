@@ -4,7 +4,7 @@
 
     dynamo's graph -> marks, naming -> plan (calls, values) -> stamps -> handoff -> inner backend, with taps
                                                                                         |
-    dump <- recorder <- entries <- region (one run) <- tap operator <- compiled program <-'
+    dump <- recorder <- entries <- run <- region, tap operator <- compiled program <-------'
 
 `lower` is the way down, `region` the run time.
 """

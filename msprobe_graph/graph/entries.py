@@ -83,8 +83,8 @@ class Entries:
             self.found[ref, stem] = self._measured[base] = record
         self._take_views(ref, value)
 
-    def take_replayed(self, frame: Frame) -> None:
-        """What CUDA graphs measure of this call, but for what was seen without them."""
+    def take_replayed(self, frame: Frame) -> bool:
+        """What CUDA graphs measure of this call, but for what was seen without them; whether there was any."""
         seen = {ref for ref, _ in self.found}
         recorder = self._context.recorder
         for ref, slots in frame.slots.items():
@@ -93,6 +93,7 @@ class Entries:
                 self._fill(ref, record, frame, ref)
                 for view in self._plan.reshaped.get(ref, ()):
                     self._fill(view, recorder.view_of(record, self._plan.values[view].shape), frame, ref)
+        return not frame.slots.keys() <= seen
 
     def _fill(self, ref: int, record: TensorRecord, frame: Frame, base: int) -> None:
         """Take the record of a value that graphs measure, or of a view of all elements of a `base`, which they do."""

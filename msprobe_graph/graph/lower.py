@@ -16,7 +16,8 @@ from .marks import Marks
 from .naming import plan_of
 from .options import GraphOptions
 from .plan import Plan, gradient_id, refs, valued
-from .region import SITE, Region
+from .region import Region
+from .runs import SITE
 from .stamps import Wanted, stamp, values
 from .verify import Verifier
 from .watch import Watch

@@ -1,10 +1,9 @@
-"""A compiled graph at run time: what its taps see becomes entries, as if the calls in it had run one by one."""
+"""A compiled graph at run time: who calls it, and whether its runs are recorded, followed or left alone."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,16 +13,13 @@ from msprobe_graph.dump.records import Hole
 from msprobe_graph.eager._compat import unseen
 from msprobe_graph.eager.context import Context
 
-from . import tap_op
-from ._compat import compiled_node
-from .earlier import EarlierRun, EarlierRuns, Stage, Stages
-from .entries import Entries
+from .earlier import EarlierRun, EarlierRuns
 from .exact import REASONS
 from .handoff import Compiled
-from .numbered import Counted, Named
 from .options import GraphOptions
 from .plan import Plan
 from .replay import Frame, Frames, Recorded
+from .runs import SITE, Invocation, RunAgain, listening
 from .tap_op import invocations
 from .verify import Verifier
 from .watch import Watch
@@ -31,8 +27,6 @@ from .watch import Watch
 if TYPE_CHECKING:
     from msprobe_graph.taps.recorder import Recorder
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
-
-SITE = "a compiled graph"
 
 
 class Region:
@@ -110,10 +104,9 @@ class Region:
 
     def _begin(self, context: Context, inputs: tuple[Any, ...]) -> Invocation | RunAgain:
         frame, number = self.frames.of_step(context.step), self._earlier.count(context.recorder)
-        if frame is None or not frame.slots:
-            earlier = self._earlier.find(number, context, inputs)
-            if earlier is not None:
-                return RunAgain(self, context, inputs, frame, number, earlier)
+        earlier = self._earlier.find(number, context, inputs)
+        if earlier is not None:
+            return RunAgain(self, context, inputs, frame, number, earlier)
         return Invocation(self, context, inputs, frame, number)
 
     def note(self, recorder: Recorder) -> None:
@@ -194,186 +187,3 @@ class Listener:
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
         with unseen():
             self._frame.measure(self._region.plan, values, self._region.replays.padded, self._saved, standing)
-
-
-@contextmanager
-def listening(run: tap_op.Invocation, context: Context) -> Iterator[None]:
-    """A context in which the taps on this thread are this run's, and nobody else looks."""
-    invocations.push(run)
-    try:
-        with context.quiet():
-            yield
-    finally:
-        invocations.pop()
-
-
-class Invocation:
-    """One run of a region, and of its backward pass, that is described: from it come names and records."""
-
-    def __init__(
-        self,
-        region: Region,
-        context: Context,
-        inputs: Sequence[Any],
-        frame: Frame | None,
-        number: int | None = None,
-        done: Sequence[Stage] = (),
-    ) -> None:
-        """`frame`: what CUDA graphs have captured of this call, if any have or may. `number`: the call's within its
-        step; None if later ones are not to be like it. `done`: what of it has been read already."""
-        self._region = region
-        self._context = context
-        self._step = context.step
-        self._frame = frame
-        self._inputs = tuple(inputs)
-        self._number = number
-        self._stages = Stages(region.plan, context.recorder, done)
-        found = {key: record for stage in done for key, record in stage.found.items()}
-        self._entries = Entries(region.plan, context, inputs, region.reasons, found)
-        if not done:
-            with unseen(), torch.no_grad():
-                self._take(*_present(region.plan.inputs, inputs))
-
-    @property
-    def calls(self) -> list[Named]:
-        """The calls in the graph, as they are called in this run."""
-        return self._entries.named
-
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
-        """What a tap calls. `note` comes with the first one of a graph: JSON that tells what could not be tapped."""
-        if self._context.on and self._context.step == self._step:
-            self._context.boundary.attempt(SITE, self._receive, values, ids, note)
-
-    def finish(self, outputs: Sequence[Any]) -> None:
-        """The graph has returned `outputs`: its entries are complete."""
-        recorder, entries = self._context.recorder, self._entries
-        followed = self._context.selection.backward and torch.is_grad_enabled()
-        with unseen(), torch.no_grad():
-            self._take(*_present(self._region.plan.outputs, outputs))
-            if self._frame is not None:
-                entries.take_replayed(self._frame)
-            holes = len(recorder.holes)
-            entries.record_forward()
-            if self._number is not None and not followed and (self._frame is None or not self._frame.slots):
-                self._keep(self._number, recorder.holes[holes:])
-        self._region.note(recorder)
-        self._inputs = ()
-        if followed:
-            self._follow_backward(outputs)
-
-    def _take(self, ids: Sequence[int], values: Sequence[Any]) -> None:
-        """Inputs or outputs of the graph."""
-        for ref, value in zip(ids, values, strict=True):
-            self._entries.take(ref, value)
-        self._stages.add(ids, values, self._entries.found)
-
-    def _keep(self, number: int, holes: Sequence[Hole]) -> None:
-        """For the calls of that number in later steps."""
-        entries, plan = self._entries, self._region.plan
-        counted = Counted.by(plan, entries.named)
-        run = EarlierRun.of(
-            self._context, self._inputs, counted, self._stages, entries.modules, entries.forward, holes
-        )  # fmt: skip
-        if run is not None:
-            self._region.keep(number, run)
-
-    def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
-        if note:
-            self._region.learn(note)
-        with unseen():
-            if self._frame is not None and self._region.frames.capturing:
-                seen = dict(zip(ids, values, strict=True))
-                padding = self._context.recorder.padding
-                padded = None if padding is None else padding.padded
-                self._frame.measure(self._region.plan, seen, padded, self._entries.saved)
-                return
-            for ref, value in zip(ids, values, strict=True):
-                self._entries.take_passing(ref, value)
-            self._stages.add(ids, values, self._entries.found)
-
-    def _follow_backward(self, outputs: Sequence[Any]) -> None:
-        """Listen while the graph's backward pass runs, too."""
-        node = next((found for output in outputs if (found := compiled_node(output)) is not None), None)
-        if node is not None:
-            running = ExitStack()
-            node.register_prehook(lambda given: running.enter_context(listening(self, self._context)))
-            node.register_hook(lambda gives, given: self._backward_done(running))
-
-    def _backward_done(self, running: ExitStack) -> None:
-        running.close()
-        if self._context.on and self._context.step == self._step:
-            with unseen(), torch.no_grad():
-                self._context.boundary.attempt(SITE, self._entries.record_backward)
-
-
-class RunAgain:
-    """One run of a region that is like one in an earlier step, as far as it has come: its values are read into the
-    records made then. From where it goes on differently it is described."""
-
-    def __init__(
-        self,
-        region: Region,
-        context: Context,
-        inputs: tuple[Any, ...],
-        frame: Frame | None,
-        number: int,
-        earlier: EarlierRun,
-    ) -> None:
-        self._region = region
-        self._context = context
-        self._step = context.step
-        self._inputs = inputs
-        self._frame = frame
-        self._number = number
-        self._earlier = earlier
-        self._stages = iter(earlier.stages)
-        self._done: list[Stage] = []
-        self._described: Invocation | None = None
-        context.numbering.go_to(earlier.counted.after)
-        if not self._read(*_present(region.plan.inputs, inputs)):
-            self._describe()
-
-    def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
-        """What a tap calls, as `Invocation.receive`."""
-        if self._described is not None:
-            self._described.receive(values, ids, note)
-        elif self._context.on and self._context.step == self._step:
-            self._context.boundary.attempt(SITE, self._receive, values, ids, note)
-
-    def finish(self, outputs: Sequence[Any]) -> None:
-        """The graph has returned `outputs`."""
-        if self._described is None and self._read(*_present(self._region.plan.outputs, outputs)):
-            recorder = self._context.recorder
-            recorder.entries.update(self._earlier.entries)
-            recorder.holes.extend(self._earlier.holes)
-            self._region.note(recorder)
-        else:
-            self._describe().finish(outputs)
-
-    def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
-        if not self._read(ids, values):
-            self._describe().receive(values, ids, note)
-
-    def _read(self, ids: Sequence[int], values: Sequence[Any]) -> bool:
-        """Whether the next stage is like that of the earlier run: then it is read."""
-        stage = next(self._stages, None)
-        with unseen():
-            if stage is None or not stage.read(self._context.recorder, ids, values):
-                return False
-        self._done.append(stage)
-        return True
-
-    def _describe(self) -> Invocation:
-        """What goes on with the run."""
-        if self._described is None:
-            self._context.numbering.go_to(self._earlier.counted.before)
-            self._described = Invocation(
-                self._region, self._context, self._inputs, self._frame, self._number, self._done
-            )  # fmt: skip
-        return self._described
-
-
-def _present(positions: Mapping[int, int], values: Sequence[Any]) -> tuple[list[int], list[Any]]:
-    """Those of the values that are there: their ids, and they themselves."""
-    present = [(ref, values[position]) for ref, position in positions.items() if values[position] is not None]
-    return [ref for ref, _ in present], [value for _, value in present]
