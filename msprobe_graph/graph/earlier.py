@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from msprobe_graph.dump.records import Entry, Hole, Shared
-from msprobe_graph.taps.likeness import Likeness, form, is_weight
+from msprobe_graph.taps.likeness import Likeness, is_weight
 
-from .numbered import Counted
+from .numbered import Counted, prefixes
 from .plan import Part, Plan
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ class Stages:
     def __init__(self, plan: Plan, recorder: Recorder, done: Sequence[Stage] = ()) -> None:
         """`done`: what was read before it turned out that the run has to be described."""
         self.done = list(done)
-        self.complete = recorder.table is not None
+        self.complete = True
         """Whether later runs can be like this one, so far."""
         self._plan = plan
         self._recorder = recorder
         self._run = recorder.run
         self._own: set[int] = set()
-        """The Python ids of the records that come from what this run has read."""
+        """The Python ids of the records that come from what this run has read since it is described: none of them has
+        its statistics from one that is older."""
         self._shared = len(recorder.shared)
         self._found = sum(len(stage.found) for stage in done)
         """So many records were shared, and found, before the running stage."""
@@ -150,44 +151,34 @@ class Caller(NamedTuple):
 class EarlierRun(NamedTuple):
     """A run of a graph in an earlier step."""
 
-    kept: object
-    """`Recorder.kept` then."""
+    epoch: object
+    """The recorder's, then."""
     caller: Caller
+    prefixes: Mapping[str, str]
+    """See `numbered.prefixes`."""
     counted: Counted
-    form: Likeness
-    """Of its inputs, and of the parameters of its modules."""
+    inputs: Likeness
+    """Of the inputs when it began, as a graph may write to its weights."""
+    parameters: Likeness
+    """Of those of its modules."""
     modules: Sequence[weakref.ref[nn.Module]]
     stages: Sequence[Stage]
     entries: Mapping[str, Entry]
     holes: Sequence[Hole]
 
-    @classmethod
-    def of(
-        cls,
-        context: Context,
-        inputs: tuple[Any, ...],
-        counted: Counted,
-        stages: Stages,
-        modules: Sequence[nn.Module],
-        entries: Mapping[str, Entry],
-        holes: Sequence[Hole],
-    ) -> EarlierRun | None:
-        """What is kept of a run that is over; None where no other can be like it."""
-        selection = context.selection
-        looks = form((inputs, [module._parameters for module in modules]))
-        if looks is None or not stages.complete or selection.saves_any or not selection.everything:
-            return None
-        kept, caller = context.recorder.kept, Caller.now(context)
-        return cls(kept, caller, counted, looks, [weakref.ref(each) for each in modules], stages.done, entries, holes)
-
-    def begins(self, context: Context, inputs: tuple[Any, ...]) -> bool:
+    def begins(self, plan: Plan, context: Context, inputs: tuple[Any, ...]) -> bool:
         """Whether a run that begins now begins like this one."""
         table = context.recorder.table
-        if table is None or self.kept is not context.recorder.kept or self.caller != Caller.now(context):
+        if table is None or self.epoch is not context.recorder.epoch or self.caller != Caller.now(context):
             return False
         modules = [module() for module in self.modules]
         parameters = [module._parameters for module in modules if module is not None]
-        return context.numbering.stands_at(self.counted.before) and table.measure(self.form, (inputs, parameters))
+        return (
+            context.numbering.stands_at(self.counted.before)
+            and table.measure(self.inputs, inputs)
+            and table.measure(self.parameters, parameters)
+            and prefixes(plan, context, inputs) == self.prefixes
+        )
 
 
 class EarlierRuns:
@@ -196,24 +187,24 @@ class EarlierRuns:
     def __init__(self) -> None:
         self._runs: defaultdict[int, list[EarlierRun]] = defaultdict(list)
         """By the number of the call of the graph within its step; those that were met last in front."""
-        self._kept: object = None
+        self._epoch: object = None
         self._step = 0
         self._next = 0
 
     def count(self, recorder: Recorder) -> int:
         """The number of the call that begins now."""
-        if recorder.kept is not self._kept:
-            self._kept, self._step = recorder.kept, 0
+        if recorder.epoch is not self._epoch:
+            self._epoch = recorder.epoch
             self._runs.clear()
         if recorder.run != self._step:
             self._step, self._next = recorder.run, 0
         self._next += 1
         return self._next - 1
 
-    def find(self, number: int, context: Context, inputs: tuple[Any, ...]) -> EarlierRun | None:
+    def find(self, number: int, plan: Plan, context: Context, inputs: tuple[Any, ...]) -> EarlierRun | None:
         """One that the call of this number begins like."""
         runs = self._runs[number]
-        at = next((at for at, run in enumerate(runs) if run.begins(context, inputs)), None)
+        at = next((at for at, run in enumerate(runs) if run.begins(plan, context, inputs)), None)
         if at is None:
             return None
         runs.insert(0, runs.pop(at))

@@ -51,6 +51,11 @@ class Entries:
         return self._calls.named
 
     @property
+    def prefixes(self) -> Mapping[str, str]:
+        """See `numbered.prefixes`."""
+        return self._calls.prefixes
+
+    @property
     def forward(self) -> dict[str, Entry]:
         """What `record_forward` has recorded, by name."""
         return {entry.name: entry for entry in self._forward.values()}

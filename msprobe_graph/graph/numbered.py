@@ -66,7 +66,7 @@ class NumberedCalls:
     def __init__(self, plan: Plan, names: Names, inputs: Sequence[Any]) -> None:
         self._plan = plan
         self._names = names
-        self._prefixes = _prefixes(plan, names, inputs)
+        self.prefixes = prefixes(plan, names, inputs)
         self.named = self._number_calls()
         """The calls of the plan, in its order."""
         self.files = self._find_files()
@@ -76,7 +76,7 @@ class NumberedCalls:
     @property
     def placed(self) -> bool:
         """Whether the modules of all calls have their qualified names."""
-        return all(call.place is None or call.place.root in self._prefixes for call in self._plan.calls)
+        return all(call.place is None or call.place.root in self.prefixes for call in self._plan.calls)
 
     @property
     def saved(self) -> Collection[int]:
@@ -141,7 +141,7 @@ class NumberedCalls:
         """The qualified name of the module at `place`."""
         if place is None:
             return None
-        return self._names.paths.first(".".join(filter(None, (self._prefixes.get(place.root), place.path))))
+        return self._names.paths.first(".".join(filter(None, (self.prefixes.get(place.root), place.path))))
 
     def _find_files(self) -> dict[int, list[str | None]]:
         if not self._names.selection.saves_any:
@@ -177,7 +177,7 @@ def _add_stems(nest: Any, stem: str, found: dict[int, list[str | None]]) -> None
             _add_stems(item, f"{stem}.{key}", found)
 
 
-def _prefixes(plan: Plan, names: Names, inputs: Sequence[Any]) -> dict[str, str]:
+def prefixes(plan: Plan, names: Names, inputs: Sequence[Any]) -> dict[str, str]:
     """By root: the qualified name of the module that it is in this run, told by the parameters that came in."""
     found: dict[str, str] = {}
     running = names.running.top.path if names.running.top is not None else None

@@ -104,7 +104,7 @@ class Region:
 
     def _begin(self, context: Context, inputs: tuple[Any, ...]) -> Invocation | RunAgain:
         frame, number = self.frames.of_step(context.step), self._earlier.count(context.recorder)
-        earlier = self._earlier.find(number, context, inputs)
+        earlier = self._earlier.find(number, self.plan, context, inputs)
         if earlier is not None:
             return RunAgain(self, context, inputs, frame, number, earlier)
         return Invocation(self, context, inputs, frame, number)
@@ -176,13 +176,16 @@ class Listener:
         rows = self._region.frames.rows
         boundary = self._region.replays.boundary
         if self._region.frames.capturing:
-            boundary.attempt(SITE, self._measure, dict(zip(ids, values, strict=True)), standing and self._captured)
+            boundary.attempt(SITE, self._receive, values, ids, standing and self._captured)
         elif rows is not None:
             boundary.attempt(SITE, rows.prepare, values)
 
     def returned(self, outputs: Sequence[Any]) -> None:
         self._frame.outputs = len(outputs)
         self._measure({ref: outputs[position] for ref, position in self._region.plan.outputs.items()})
+
+    def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], standing: bool) -> None:
+        self._measure(dict(zip(ids, values, strict=True)), standing)
 
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
         with unseen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import torch
 from msprobe_graph.dump.records import Hole
 from msprobe_graph.eager._compat import unseen
 from msprobe_graph.eager.context import Context
+from msprobe_graph.taps.likeness import form
 
 from . import tap_op
 from ._compat import compiled_node
-from .earlier import EarlierRun, Stage, Stages
+from .earlier import Caller, EarlierRun, Stage, Stages
 from .entries import Entries
 from .numbered import Counted, Named
 from .tap_op import invocations
@@ -47,17 +49,25 @@ class Invocation:
         inputs: Sequence[Any],
         frame: Frame | None,
         number: int | None = None,
+        like: EarlierRun | None = None,
         done: Sequence[Stage] = (),
     ) -> None:
         """`frame`: what CUDA graphs have captured of this call, if any have or may. `number`: the call's within its
-        step; None if later ones are not to be like it. `done`: what of it has been read already."""
+        step; None if later ones are not to be like it. `like`: the run that it began like; `done`, what of it has been
+        read since."""
         self._region = region
         self._context = context
         self._step = context.step
         self._frame = frame
-        self._inputs = tuple(inputs)
-        self._number = number
-        self._stages = Stages(region.plan, context.recorder, done)
+        self._followed = context.selection.backward and torch.is_grad_enabled()
+        self._number = None if self._followed else number
+        self._stages: Stages | None = None
+        """None where no later run can be like this one."""
+        self._form = None
+        selection = context.selection
+        if self._number is not None and selection.everything and not selection.saves_any:
+            self._form = form(tuple(inputs)) if like is None else like.inputs
+            self._stages = Stages(region.plan, context.recorder, done)
         found = {key: record for stage in done for key, record in stage.found.items()}
         self._entries = Entries(region.plan, context, inputs, region.reasons, found)
         if not done:
@@ -77,34 +87,43 @@ class Invocation:
     def finish(self, outputs: Sequence[Any]) -> None:
         """The graph has returned `outputs`: its entries are complete."""
         recorder, entries = self._context.recorder, self._entries
-        followed = self._context.selection.backward and torch.is_grad_enabled()
         with unseen(), torch.no_grad():
             self._take(*_present(self._region.plan.outputs, outputs))
             replayed = self._frame is not None and entries.take_replayed(self._frame)
             holes = len(recorder.holes)
             entries.record_forward()
-            if self._number is not None and not followed and not replayed:
-                self._keep(self._number, recorder.holes[holes:])
+            if not replayed:
+                self._keep(recorder.holes[holes:])
         self._region.note(recorder)
-        self._inputs = ()
-        if followed:
+        if self._followed:
             self._follow_backward(outputs)
 
     def _take(self, ids: Sequence[int], values: Sequence[Any]) -> None:
         """Inputs or outputs of the graph."""
         for ref, value in zip(ids, values, strict=True):
             self._entries.take(ref, value)
-        self._stages.add(ids, values, self._entries.found)
+        if self._stages is not None:
+            self._stages.add(ids, values, self._entries.found)
 
-    def _keep(self, number: int, holes: Sequence[Hole]) -> None:
-        """For the calls of that number in later steps."""
-        entries, plan = self._entries, self._region.plan
-        counted = Counted.by(plan, entries.named)
-        run = EarlierRun.of(
-            self._context, self._inputs, counted, self._stages, entries.modules, entries.forward, holes
-        )  # fmt: skip
-        if run is not None:
-            self._region.keep(number, run)
+    def _keep(self, holes: Sequence[Hole]) -> None:
+        """For the calls of the same number in later steps."""
+        entries, stages, inputs = self._entries, self._stages, self._form
+        parameters = form([module._parameters for module in entries.modules])
+        if stages is None or not stages.complete or inputs is None or parameters is None or self._number is None:
+            return
+        run = EarlierRun(
+            epoch=self._context.recorder.epoch,
+            caller=Caller.now(self._context),
+            prefixes=entries.prefixes,
+            counted=Counted.by(self._region.plan, entries.named),
+            inputs=inputs,
+            parameters=parameters,
+            modules=[weakref.ref(module) for module in entries.modules],
+            stages=stages.done,
+            entries=entries.forward,
+            holes=holes,
+        )
+        self._region.keep(self._number, run)
 
     def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
         if note:
@@ -118,7 +137,8 @@ class Invocation:
                 return
             for ref, value in zip(ids, values, strict=True):
                 self._entries.take_passing(ref, value)
-            self._stages.add(ids, values, self._entries.found)
+            if self._stages is not None:
+                self._stages.add(ids, values, self._entries.found)
 
     def _follow_backward(self, outputs: Sequence[Any]) -> None:
         """Listen while the graph's backward pass runs, too."""
@@ -155,10 +175,10 @@ class RunAgain:
         self._frame = frame
         self._number = number
         self._earlier = earlier
-        self._stages = iter(earlier.stages)
+        self._run = context.recorder.run
         self._done: list[Stage] = []
+        """The stages of the earlier run that have been read."""
         self._described: Invocation | None = None
-        context.numbering.go_to(earlier.counted.after)
         if not self._read(*_present(region.plan.inputs, inputs)):
             self._describe()
 
@@ -171,8 +191,11 @@ class RunAgain:
 
     def finish(self, outputs: Sequence[Any]) -> None:
         """The graph has returned `outputs`."""
+        recorder = self._context.recorder
+        if recorder.run != self._run:  # another step has begun meanwhile
+            return
         if self._described is None and self._read(*_present(self._region.plan.outputs, outputs)):
-            recorder = self._context.recorder
+            self._context.numbering.go_to(self._earlier.counted.after)
             recorder.entries.update(self._earlier.entries)
             recorder.holes.extend(self._earlier.holes)
             self._region.note(recorder)
@@ -185,7 +208,8 @@ class RunAgain:
 
     def _read(self, ids: Sequence[int], values: Sequence[Any]) -> bool:
         """Whether the next stage is like that of the earlier run: then it is read."""
-        stage = next(self._stages, None)
+        stages = self._earlier.stages
+        stage = stages[len(self._done)] if len(self._done) < len(stages) else None
         with unseen():
             if stage is None or not stage.read(self._context.recorder, ids, values):
                 return False
@@ -195,10 +219,9 @@ class RunAgain:
     def _describe(self) -> Invocation:
         """What goes on with the run."""
         if self._described is None:
-            self._context.numbering.go_to(self._earlier.counted.before)
             self._described = Invocation(
-                self._region, self._context, self._inputs, self._frame, self._number, self._done
-            )  # fmt: skip
+                self._region, self._context, self._inputs, self._frame, self._number, self._earlier, self._done
+            )
         return self._described
 
 

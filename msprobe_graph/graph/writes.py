@@ -41,6 +41,10 @@ class Writes:
                 for storage in _storages(written):
                     self._writers[storage].append((position, node, example_value(written)))
 
+    def into(self, node: fx.Node) -> bool:
+        """Whether anything writes into the memory of the tensor of `node`."""
+        return any(storage in self._writers for storage in _storages(node))
+
     def value_at(self, node: fx.Node, position: int) -> fx.Node | Written | None:
         """What gave the value which the tensor of `node` has right before `position`: a node, or the write of an
         operator that does not return it; None if nothing that can be told."""

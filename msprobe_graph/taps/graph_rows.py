@@ -123,7 +123,7 @@ class GraphRows:
             with self._aside():
                 for at, entry in enumerate(entries, described[-1]):
                     kernels.describe[(1,)](self._table, at, *entry)
-        with self._beside([tensor for _, tensor in values]) if standing else nullcontext():
+        with self._beside([tensor for _, tensor in values]) if standing and values else nullcontext():
             for first, ((dtype, group), entries) in zip(described, groups.items(), strict=True):
                 most_parts = max(entry[4] for entry in entries)
                 self._launch(dtype, group, first, len(entries), most_parts)

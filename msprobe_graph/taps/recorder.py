@@ -62,7 +62,7 @@ class Recorder:
         self._row_memory = RowMemory()
         self.forget_calls: Callable[[], None] = lambda: None
         """To be called when what is kept of earlier calls holds no longer; whoever keeps it puts it here."""
-        self.kept = object()
+        self.epoch = object()
         """Another one whenever `forget_calls` is called."""
         self.run = 0
         """Counts the steps that were begun, those that were dropped included."""
@@ -75,7 +75,7 @@ class Recorder:
         self._forget_calls()
 
     def _forget_calls(self) -> None:
-        self.kept = object()
+        self.epoch = object()
         self.forget_calls()
 
     def begin(self, number: int) -> None:

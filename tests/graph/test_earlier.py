@@ -244,3 +244,78 @@ def test_views_of_what_is_only_returned(tmp_path: Path, described: list[int], in
     model = compiled(Reshaped(), inner=inner)
     check(tmp_path, model, lambda number: model(batch(number)))
     assert described == [0] + 5 * [0]
+
+
+class Cached(nn.Module):
+    """Writes to a weight of its own, one row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = nn.Parameter(torch.zeros(64, 8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        total = torch.relu(self.cache).sum()
+        self.cache.index_copy_(0, at, x)
+        return total
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_weight_that_the_graph_writes_to(tmp_path: Path, inner: str) -> None:
+    model = compiled(Cached(), inner=inner)
+    steps_of = captured(
+        model,
+        tmp_path / "dump",
+        "L1",
+        range(6),
+        lambda number: model(torch.full((1, 8), float(number + 1)), torch.tensor([number])),
+        lambda number: None,
+    )
+    assert [step.data["Torch.relu.0.forward"]["input_args"][0]["Max"] for step in steps_of] == [0, 1, 2, 3, 4, 5]
+
+
+class Chooser(nn.Module):
+    """Its layers, which have buffers and no weights, are called by one compiled function, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.BatchNorm1d(8, affine=False) for _ in range(3))
+        self.call = torch.compile(lambda layer, x: layer(x), backend=msprobe_backend, options=EAGER)
+
+    def forward(self, x: torch.Tensor, order: list[int]) -> torch.Tensor:
+        for at in order:
+            x = self.call(self.layers[at], x) + at
+        return x
+
+
+def test_a_graph_that_serves_modules_in_another_order(tmp_path: Path) -> None:
+    model = Chooser().eval()
+    orders = [[0, 1, 2], [0, 1, 2], [1, 2], [2, 1, 0], [2, 1, 0]]
+    for at, layer in enumerate(model.layers):
+        layer.running_mean.fill_(at + 1.0)
+    found = check(tmp_path, model, lambda number: model(batch(number), orders[number]), level="L0")
+    for order, step in zip(orders, found, strict=True):
+        layers = [name.split(".")[2] for name in step.data if name.startswith("Module.layers.")]
+        assert layers == [str(at) for at in order]
+
+
+def test_a_tap_that_fails_leaves_no_value_of_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msprobe_graph.graph.earlier import Stage
+
+    model, reads = compiled(Net()), 0
+    read_stage = Stage.read
+
+    def failing(self: Stage, *args: Any) -> bool:
+        nonlocal reads
+        reads += 1
+        if reads == 5:
+            raise MemoryError("no room")
+        return read_stage(self, *args)
+
+    monkeypatch.setattr(Stage, "read", failing)
+    found = captured(model, tmp_path / "dump", "mix", range(3), lambda n: model(batch(n)), lambda n: None)
+    monkeypatch.setattr(Stage, "read", read_stage)
+    alone = captured(model, tmp_path / "alone", "mix", range(1, 2), lambda n: model(batch(n)), lambda n: None)[0]
+    assert any("MemoryError" in reason for reason in holes(found[1]).values())
+    for name, entry in found[1].data.items():
+        for mine, right in zip(entry.get("output", []), alone.data[name].get("output", []), strict=False):
+            assert mine is None or mine["Max"] in (None, right["Max"])
