@@ -8,7 +8,7 @@ once, and built of the same modules as the real ones.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -80,6 +80,8 @@ def make_model(out: Path, architecture: str = "qwen2") -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python tiny_model.py OUT [qwen2|llama|opt]")
-    make_model(Path(sys.argv[1]), *sys.argv[2:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path, help="the folder to write it into")
+    parser.add_argument("architecture", nargs="?", choices=["qwen2", "llama", "opt"], default="qwen2")
+    options = parser.parse_args()
+    make_model(options.out, options.architecture)
