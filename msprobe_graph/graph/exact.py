@@ -112,7 +112,7 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         missing.update((id, "overwritten") for id in tapped if id not in found_places)
         tapped = {id: buffered for id, buffered in tapped.items() if id in found_places}
         until = standing(schedule, tapped, found_places) if kind == "inference" else {}
-        # Between this program and the next others may write, such as the operators at which vLLM splits a graph.
+        # What is behind this program's end is not in the schedule.
         until = {id: place for id, place in until.items() if not self._wanted[id].overwritten}
         groups: dict[tuple[int, torch.device, int | None], list[int]] = {}
         for id, buffered in tapped.items():

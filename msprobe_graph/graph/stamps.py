@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     view_of: int | None = None
     """The id of the value that it is a view of, where that serves for it."""
     overwritten: bool = False
-    """Whether something in dynamo's graph writes into its memory."""
+    """Whether an operator at which a graph is split into several programs writes into its memory."""
 
 
 def spare(wanted: Mapping[int, Wanted], found: Collection[int]) -> list[int]:
@@ -87,11 +87,7 @@ def values(graph: fx.Graph) -> dict[int, Wanted]:
         for nth, (name, written) in enumerate(written_arguments(node), 1):
             tensor = written.meta.get("example_value")
             if isinstance(tensor, torch.Tensor):
-                wanted[value_id(number, nth)] = Wanted(
-                    number, tuple(tensor.shape), tensor.dtype, written=name, overwritten=True
-                )
-        if 2 * number in wanted and writes.into(node):
-            wanted[2 * number] = wanted[2 * number]._replace(overwritten=True)
+                wanted[value_id(number, nth)] = Wanted(number, tuple(tensor.shape), tensor.dtype, written=name)
     return wanted
 
 

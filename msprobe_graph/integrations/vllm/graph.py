@@ -43,6 +43,7 @@ from msprobe_graph.graph.passes import EXACT, PIN, passes
 from msprobe_graph.graph.pins import handed_on
 from msprobe_graph.graph.plan import fixed_in, node_of
 from msprobe_graph.graph.region import Region
+from msprobe_graph.graph.writes import Writes
 from msprobe_graph.version import __version__
 
 from . import log
@@ -212,7 +213,12 @@ class Pieces:
             for ref, value in taps.wanted.items()
             if config.backend == "eager" or should_split(nodes[node_of(ref)], splitting)
         }
-        inside = {ref: value for ref, value in taps.wanted.items() if ref not in between}
+        splits = Writes([node for node in nodes if should_split(node, splitting)])
+        inside = {
+            ref: value._replace(overwritten=splits.into(nodes[node_of(ref)]))
+            for ref, value in taps.wanted.items()
+            if ref not in between
+        }
         tap_dynamo_graph(module, between)
         slots = backend.inductor_config
         ours = passes(taps._replace(wanted=inside), tuple(filter(None, [slots.get(PIN)])), exact=slots.get(EXACT))
