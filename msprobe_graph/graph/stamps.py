@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     view_of: int | None = None
     """The id of the value that it is a view of, where that serves for it."""
     overwritten: bool = False
-    """Whether an operator at which a graph is split into several programs writes into its memory."""
+    """Whether an operator at which a graph is split into several programs writes into its memory later."""
 
 
 def spare(wanted: Mapping[int, Wanted], found: Collection[int]) -> list[int]:

@@ -41,9 +41,11 @@ class Writes:
                 for storage in _storages(written):
                     self._writers[storage].append((position, node, example_value(written)))
 
-    def into(self, node: fx.Node) -> bool:
-        """Whether anything writes into the memory of the tensor of `node`."""
-        return any(storage in self._writers for storage in _storages(node))
+    def behind(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What writes into the memory of the tensor of `node` after it was made."""
+        made = self._positions.get(node, -1)
+        for storage in _storages(node):
+            yield from (writer for at, writer, _ in self._writers.get(storage, ()) if at > made)
 
     def value_at(self, node: fx.Node, position: int) -> fx.Node | Written | None:
         """What gave the value which the tensor of `node` has right before `position`: a node, or the write of an

@@ -128,3 +128,12 @@ def test_the_value_of_a_changed_tensor_is_that_of_its_last_writer() -> None:
     assert writes.value_at(add, 2) is add
     assert writes.value_at(sub, len(nodes)) is sub
     assert writes.value_at(mul, len(nodes)) is None
+
+
+def test_what_writes_into_a_tensor_behind_it() -> None:
+    nodes = list(traced(in_place, torch.ones(2)).nodes)
+    mul, add, sub, write = [node for node in nodes if node.op not in ("placeholder", "output")][:4]
+    writes = Writes(nodes)
+    assert list(writes.behind(mul)) == [add, write]
+    assert list(writes.behind(add)) == [write]
+    assert list(writes.behind(sub)) == []

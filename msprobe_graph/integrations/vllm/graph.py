@@ -213,12 +213,11 @@ class Pieces:
             for ref, value in taps.wanted.items()
             if config.backend == "eager" or should_split(nodes[node_of(ref)], splitting)
         }
-        splits = Writes([node for node in nodes if should_split(node, splitting)])
-        inside = {
-            ref: value._replace(overwritten=splits.into(nodes[node_of(ref)]))
-            for ref, value in taps.wanted.items()
-            if ref not in between
-        }
+        writes, inside = Writes(nodes), {}
+        for ref, value in taps.wanted.items():
+            if ref not in between:
+                writers = writes.behind(nodes[node_of(ref)])
+                inside[ref] = value._replace(overwritten=any(should_split(each, splitting) for each in writers))
         tap_dynamo_graph(module, between)
         slots = backend.inductor_config
         ours = passes(taps._replace(wanted=inside), tuple(filter(None, [slots.get(PIN)])), exact=slots.get(EXACT))
