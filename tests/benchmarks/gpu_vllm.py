@@ -1,16 +1,17 @@
 """What a decode step and a prefill of vLLM cost on a GPU: untapped, asked to capture but switched off, capturing.
 
-    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8] [--level L0] [--rounds 5] [--vllm JSON]
+    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8 64] [--level L0 mix] [--rounds 5] [--vllm JSON]
 
-vLLM runs as it starts by itself, with CUDA graphs and its engine in a process of its own, on a Qwen2 of the size 0.5b
-or 7b with dummy weights in bfloat16. One engine is untapped; in another capture is switched on and off in turn
-(msprobe_start and msprobe_stop). A decode step is the time of 72 tokens less that of 8, over 64, for all requests at
-once; a prefill is one request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
+vLLM runs as it starts by itself, with CUDA graphs and each engine in a process of its own, on a Qwen2 of the size 0.5b
+or 7b with dummy weights in bfloat16. One engine is untapped; there is another one for each level, in which capture is
+switched on and off in turn (msprobe_start and msprobe_stop). All of them live at once on the GPU and take turns within
+each round. A decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a prefill is one
+request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
 
-    7b, 8 requests, L0       untapped           switched off                     on
-    decode step              4.686 ms        4.838 ms   1.03        5.546 ms   1.18
-    prefill of 4096        136.292 ms      135.799 ms   1.00      153.179 ms   1.12
-    tokens equal: yes; 332 steps captured
+    7b                           untapped            off, L0           on, L0
+    decode step, 8 requests      4.686 ms     4.838 ms  1.03    5.546 ms  1.18
+    prefill of 4096            136.292 ms   135.799 ms  1.00  153.179 ms  1.12
+    tokens equal: yes; steps captured: L0 332
 
 `--vllm` has further arguments for vllm.LLM, as JSON: '{"attention_config": {"backend": "TRITON_ATTN"}}'.
 """
@@ -21,11 +22,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def engine(options: argparse.Namespace, folder: Path, **given: Any) -> Any:
         max_num_batched_tokens=2 * PREFILL,
         enable_prefix_caching=False,
         seed=0,
-        **(json.loads(options.vllm) | given),
+        **({"gpu_memory_utilization": 0.9 / (1 + len(options.level))} | json.loads(options.vllm) | given),
     )
 
 
@@ -94,83 +95,72 @@ def generate(llm: Any, requests: int, length: int, tokens: int) -> tuple[float, 
 class Measured:
     """What one kind of run took, in milliseconds, and what it generated."""
 
-    def __init__(self) -> None:
-        self.decode: list[float] = []
-        self.prefill: list[float] = []
-        self.tokens: list[list[int]] = []
+    def __init__(self, llm: Any, switch: Callable[[], object]) -> None:
+        self.milliseconds: dict[str, list[float]] = defaultdict(list)
+        self.tokens: list[list[list[int]]] = []
+        self._llm = llm
+        self._switch = switch
 
-    def round(self, llm: Any, requests: int) -> None:
-        short, _ = generate(llm, requests, PROMPT, SHORT)
-        long, self.tokens = generate(llm, requests, PROMPT, LONG)
-        self.decode.append((long - short) / (LONG - SHORT) * 1e3)
-        prefill, _ = generate(llm, 1, PREFILL, 1)
-        self.prefill.append(prefill * 1e3)
+    def round(self, requests: list[int]) -> None:
+        self._switch()
+        self.tokens = []
+        for number in requests:
+            short, _ = generate(self._llm, number, PROMPT, SHORT)
+            long, tokens = generate(self._llm, number, PROMPT, LONG)
+            self.tokens.append(tokens)
+            self.milliseconds[f"decode step, {number} requests"].append((long - short) / (LONG - SHORT) * 1e3)
+        prefill, tokens = generate(self._llm, 1, PREFILL, 1)
+        self.tokens.append(tokens)
+        self.milliseconds[f"prefill of {PREFILL}"].append(prefill * 1e3)
 
-
-def measure(llm: Any, options: argparse.Namespace, kinds: dict[str, Callable[[], object]]) -> dict[str, Measured]:
-    """All kinds in turn, after a first round that warms up. Each has what is called before its rounds."""
-    measured = {kind: Measured() for kind in kinds}
-    for _ in range(1 + options.rounds):
-        for kind, switch in kinds.items():
-            switch()
-            measured[kind].round(llm, options.requests)
-    return measured
-
-
-def untapped(options: argparse.Namespace, folder: Path) -> Measured:
-    llm = engine(options, folder)
-    return measure(llm, options, {"untapped": lambda: None})["untapped"]
+    def median(self, what: str) -> float:
+        """Over all rounds but the first, which warms up."""
+        return statistics.median(self.milliseconds[what][1:])
 
 
-def untapped_elsewhere(folder: Path) -> Measured:
-    """The same in a process of its own, which gives the GPU's memory back."""
-    found = folder / "untapped.json"
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--untapped", str(found)], check=True)
-    measured = Measured()
-    vars(measured).update(json.loads(found.read_text()))
-    return measured
+def kinds(options: argparse.Namespace, folder: Path) -> dict[str, Measured]:
+    """The kinds of run by name, untapped first."""
+    found = {"untapped": Measured(engine(options, folder), lambda: None)}
+    for level in options.level:
+        config = {"task": "statistics", "level": level, "dump_path": str(folder / level)}
+        llm = engine(options, folder, additional_config={"dump_config": config})
+        found[f"off, {level}"] = Measured(llm, partial(llm.collective_rpc, "msprobe_stop"))
+        found[f"on, {level}"] = Measured(llm, partial(llm.collective_rpc, "msprobe_start"))
+    return found
 
 
-def tapped(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Measured], int]:
-    """Switched off, and on; and how many steps were captured."""
-    dump = folder / "dump"
-    config = {"task": "statistics", "level": options.level, "dump_path": str(dump)}
-    llm = engine(options, folder, additional_config={"dump_config": config})
-    kinds = {"off": lambda: llm.collective_rpc("msprobe_stop"), "on": lambda: llm.collective_rpc("msprobe_start")}
-    measured = measure(llm, options, kinds)
-    return measured, len(list(dump.glob("step*")))
-
-
-def line(name: str, plain: list[float], off: list[float], on: list[float]) -> str:
-    base, *others = (statistics.median(times[1:]) for times in (plain, off, on))
-    return f"{name:20}{base:10.3f} ms" + "".join(f"{time:13.3f} ms{time / base:7.2f}" for time in others)
+def report(options: argparse.Namespace, folder: Path, measured: dict[str, Measured]) -> None:
+    plain = measured["untapped"]
+    print(f"{options.size:25}{'untapped':>12}" + "".join(f"{kind:>19}" for kind in measured if kind != "untapped"))
+    for what in plain.milliseconds:
+        base = plain.median(what)
+        line = f"{what:25}{base:9.3f} ms"
+        for kind, other in measured.items():
+            if kind != "untapped":
+                line += f"{other.median(what):10.3f} ms{other.median(what) / base:6.2f}"
+        print(line)
+    equal = all(other.tokens == plain.tokens for other in measured.values())
+    steps = ", ".join(f"{level} {len(list((folder / level).glob('step*')))}" for level in options.level)
+    print(f"tokens equal: {'yes' if equal else 'no'}; steps captured: {steps}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SHAPES)
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--level", default="L0")
+    parser.add_argument("--requests", type=int, nargs="+", default=[8])
+    parser.add_argument("--level", nargs="+", default=["L0"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vllm", default="{}", help="further arguments for vllm.LLM, as JSON")
-    parser.add_argument("--untapped", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         os.environ["VLLM_CACHE_ROOT"] = name
-        if options.untapped is not None:
-            options.untapped.write_text(json.dumps(vars(untapped(options, folder))))
-            return
-        plain = untapped_elsewhere(folder)
-        measured, steps = tapped(options, folder)
-    off, on = measured["off"], measured["on"]
-    title = f"{options.size}, {options.requests} requests, {options.level}"
-    print(f"{title:22}{'untapped':>11}{'switched off':>23}{'on':>23}")
-    print(line("decode step", plain.decode, off.decode, on.decode))
-    print(line(f"prefill of {PREFILL}", plain.prefill, off.prefill, on.prefill))
-    equal = plain.tokens == off.tokens == on.tokens
-    print(f"tokens equal: {'yes' if equal else 'no'}; {steps} steps captured")
+        folder = Path(name)
+        measured = kinds(options, folder)
+        for _ in range(1 + options.rounds):
+            for kind in measured.values():
+                kind.round(options.requests)
+        report(options, folder, measured)
 
 
 if __name__ == "__main__":
