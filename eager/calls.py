@@ -29,8 +29,8 @@ class Calls:
         self._as_written = as_written
         self._backward = backward
         """None where gradients are not recorded by call (level L2 sees backward operators as operators)."""
-        self._earlier: defaultdict[str, dict[int, EarlierCall]] = defaultdict(dict)
-        """By name and number."""
+        self._earlier: defaultdict[str, defaultdict[int, list[EarlierCall]]] = defaultdict(lambda: defaultdict(list))
+        """By name and number, the one seen last in front."""
 
     def record(self, api: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` returns. Inputs are read before the call, which may overwrite them."""
@@ -106,7 +106,10 @@ class Calls:
             kept = recorder.likeness((outputs, None), outputs, entry.parts["output"])
             api, number, _ = entry.name.rsplit(".", 2)
             if kept is not None and call.inputs is not None and selection.everything:
-                self._earlier[api][int(number)] = EarlierCall(entry, call.inputs, kept, call.anchor, None)
+                forms = self._earlier[api][int(number)]
+                if isinstance(call, EarlierCall):
+                    call.take_from(forms)
+                EarlierCall(entry, call.inputs, kept, call.anchor, None).keep_in(forms)
         recorder.entries[entry.name] = entry
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,8 @@ class ModuleTap:
         self._backward = backward
         self._records = records
         """False where modules are only kept track of (level L1)."""
-        self._earlier: dict[int, EarlierCall] = {}
-        """By a call's number."""
+        self._earlier: defaultdict[int, list[EarlierCall]] = defaultdict(list)
+        """By a call's number, the one seen last in front."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
@@ -140,14 +141,14 @@ class ModuleTap:
         within = call.run == self._context.recorder.run
         if inputs is not None and outputs is not None and within and self._context.selection.everything:
             call.entry, call.inputs = entry, inputs
-            call.earlier = self._earlier[call.number] = EarlierCall(entry, inputs, outputs, call.anchor, call)
+            call.earlier = EarlierCall(entry, inputs, outputs, call.anchor, call)
+            call.earlier.keep_in(self._earlier[call.number])
 
     def _forget(self, call: ModuleCall) -> None:
-        """No later call is like this one, or the one of its number before."""
-        call.earlier = None
-        known = self._earlier.pop(call.number, None)
-        if known is not None:
-            known.call.earlier = None
+        """No later call is like this one."""
+        if call.earlier is not None:
+            call.earlier.take_from(self._earlier[call.number])
+            call.earlier = None
 
     def forget_calls(self) -> None:
         """No call is like an earlier one."""

@@ -15,55 +15,65 @@ from msprobe_graph.dump.records import Entry, Shared, TensorRecord
 from msprobe_graph.dump.template import Template, fills
 
 from .arrival import WORDS
-from .likeness import Likeness
+from .likeness import FORMS, Likeness
 from .marks import Marks
 from .statistics import EMPTY, ROW, read_row
 
 if TYPE_CHECKING:
     from .launches import LaunchedRows
 
-Calls = Sequence[tuple[Likeness, int]]
-"""Likenesses, each with the number of the first of its records' rows."""
+Calls = Sequence[tuple[Likeness, int, int]]
+"""Likenesses, each with the numbers of its records' first rows: of those on the CPU and of those on a GPU."""
 
 
-class LastText:
-    """The step that was encoded last. Where all entries of the next are the same, only numbers differ."""
+class Text:
+    """A step that was encoded. Where all entries of a later one are the same, only numbers differ."""
 
-    def __init__(self) -> None:
-        self.entries: Sequence[Entry] = ()
-        self.calls: Calls = ()
-        self.shared: Sequence[Shared] = ()
+    def __init__(self, entries: Sequence[Entry], calls: Calls, shared: Sequence[Shared]) -> None:
+        self.entries = entries
+        self.calls = calls
+        self.shared = shared
         self.template: Template | None = None
+        """Made when it is wanted for the first time."""
+
+    def is_of(self, entries: Sequence[Entry], calls: Calls, shared: Sequence[Shared]) -> bool:
+        """Whether they are this step's, and have their values in the same rows."""
+        return (
+            len(entries) == len(self.entries)
+            and len(calls) == len(self.calls)
+            and len(shared) == len(self.shared)
+            and all(map(is_, entries, self.entries))
+            and all(map(is_, shared, self.shared))
+            and all(now[0] is then[0] and now[1:] == then[1:] for now, then in zip(calls, self.calls, strict=True))
+        )
 
 
 class AlikeInStep:
     """One step's calls that are like those of earlier steps: a `dump.records.Alike`."""
 
     def __init__(
-        self, rows: bytes, launched: LaunchedRows | None, calls: Calls, shared: Sequence[Shared], last: LastText
+        self, rows: bytes, launched: LaunchedRows | None, calls: Calls, shared: Sequence[Shared], texts: list[Text]
     ) -> None:
         """`rows` as `statistics.ROW` has them, and those on a GPU; `shared` are further records with the statistics of
-        these calls' records, of the same shapes as in earlier steps. `last` is of all steps, and used in the writer's
-        thread only."""
+        these calls' records, of the same shapes as in earlier steps. `texts` are those of the last steps, which the
+        writer's thread alone uses: as many as there are forms of a call, the last one in front."""
         self._rows = rows
         self._launched = launched
         self._calls = calls
         self._shared = shared
-        self._last = last
+        self._texts = texts
 
     def encode(self, entries: Sequence[Entry]) -> bytes:
-        last = self._last
         words = self._rows if self._launched is None else self._rows + self._launched.words()
-        if fills() and self._same_entries(entries):
-            if last.template is None:
-                last.template = self._template(entries)
+        known = self._known(entries) if fills() else None
+        if known is not None:
+            if known.template is None:
+                known.template = self._template(entries)
             address = ctypes.cast(ctypes.c_char_p(words), ctypes.c_void_p).value
             assert address is not None
-            text = last.template.fill(address)
+            text = known.template.fill(address)
             if text is not None:
                 return text
-        else:
-            last.entries, last.calls, last.shared, last.template = entries, self._calls, self._shared, None
         for record, dtype, shape, word in self._measured():
             reset(record, shape)
             complete(record, read_row(ROW.unpack_from(words, 8 * word), dtype))
@@ -72,13 +82,14 @@ class AlikeInStep:
     def _measured(self) -> Iterator[tuple[TensorRecord, torch.dtype, tuple[int, ...], int]]:
         """The records, and where among the words the row of each begins: behind the CPU's rows are the GPU's."""
         sharing = self._sharing()
-        for likeness, first in self._calls:
-            on_cpu = likeness.device.type == "cpu"
-            begin, size = (0, ROW.size // 8) if on_cpu else (len(self._rows) // 8, WORDS)
-            for row, (record, dtype) in enumerate(zip(likeness.records, likeness.dtypes, strict=True), first):
+        size, of_gpu = ROW.size // 8, len(self._rows) // 8
+        for likeness, row, gpu_row in self._calls:
+            for record, dtype, on_gpu in zip(likeness.records, likeness.dtypes, likeness.on_gpu, strict=True):
+                word = of_gpu + gpu_row * WORDS if on_gpu else row * size
+                gpu_row, row = gpu_row + on_gpu, row + (not on_gpu)
                 for each in (record, *sharing[id(record)]):
                     assert each.shape is not None
-                    yield each, dtype, each.shape, begin + row * size
+                    yield each, dtype, each.shape, word
 
     def _sharing(self) -> defaultdict[int, list[TensorRecord]]:
         """By the Python id of a record those that have its statistics, from it or from one another."""
@@ -89,17 +100,16 @@ class AlikeInStep:
             found[origin[id(other)]].append(other)
         return found
 
-    def _same_entries(self, entries: Sequence[Entry]) -> bool:
-        """Whether they are the last step's, and have their values in the same rows."""
-        last = self._last
-        return (
-            len(entries) == len(last.entries)
-            and len(self._calls) == len(last.calls)
-            and len(self._shared) == len(last.shared)
-            and all(map(is_, entries, last.entries))
-            and all(map(is_, self._shared, last.shared))
-            and all(now[0] is then[0] and now[1] == then[1] for now, then in zip(self._calls, last.calls, strict=True))
-        )
+    def _known(self, entries: Sequence[Entry]) -> Text | None:
+        """The text of an earlier step with the same entries. Without one this step's will be known."""
+        texts = self._texts
+        for at, text in enumerate(texts):
+            if text.is_of(entries, self._calls, self._shared):
+                texts.insert(0, texts.pop(at))
+                return text
+        texts.insert(0, Text(entries, self._calls, self._shared))
+        del texts[FORMS:]
+        return None
 
     def _template(self, entries: Sequence[Entry]) -> Template:
         marks = Marks()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FORMS = 4
+"""Of a call as many forms are kept: what a model is given in decode steps and prefill steps, say, takes turns."""
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
 
@@ -54,10 +56,11 @@ class Table(Protocol):
         within: dict[tuple[str, str | None], int] | None,
         stack: list[Any],
         name: str,
-        earlier: Mapping[int, EarlierCall],
+        earlier: Mapping[int, list[EarlierCall]],
         given: object,
     ) -> EarlierCall | None:
-        """Where a call begins like the earlier one of its number, which is then counted: measure what it was given.
+        """Where a call begins like one of the earlier ones of its number: count it, and measure what it was given. Of
+        these the one that was found comes first from then on.
 
         To be called in the frame that the earlier one's was walked from. numbers, within: calls counted so far, by
         name, and by name and module where that counts. stack: the module calls that run, innermost last; a module's
@@ -77,8 +80,9 @@ class Table(Protocol):
     def measure(self, likeness: Likeness, values: object) -> bool:
         """Measure `values` if they are like those."""
 
-    def calls(self) -> list[tuple[Likeness, int]]:
-        """What was measured: likenesses with records, each with the number of the first one's row."""
+    def calls(self) -> list[tuple[Likeness, int, int]]:
+        """What was measured: likenesses with records, each with the numbers of their first rows, of those on the CPU
+        and of those on a GPU."""
 
     def contents(self) -> bytes:
         """All rows of tensors on the CPU, as `statistics.ROW` has them."""
@@ -104,8 +108,10 @@ class Likeness(NamedTuple):
     records: Sequence[TensorRecord]
     """Of the tensors that are measured, in the order of their rows."""
     dtypes: Sequence[torch.dtype]
-    device: torch.device
-    """Where they are measured."""
+    on_gpu: Sequence[bool]
+    """Where each is measured."""
+    gpu: torch.device | None
+    """The GPU among those places."""
 
 
 class Anchor(Protocol):
@@ -141,6 +147,15 @@ class EarlierCall(NamedTuple):
         parts = {key: part for key, part in self.entry.parts.items() if key in ("input_args", "input_kwargs")}
         return msgspec.structs.replace(self.entry, parts=parts)
 
+    def keep_in(self, forms: list[EarlierCall]) -> None:
+        """Put it in front of the other forms of that call, of which those not seen for long are forgotten."""
+        forms.insert(0, self)
+        del forms[FORMS:]
+
+    def take_from(self, forms: list[EarlierCall]) -> None:
+        """It is no form of that call any more."""
+        forms[:] = [each for each in forms if each is not self]
+
 
 class Kind(IntEnum):
     """What is looked at of a value; likeness.h has the same order."""
@@ -168,7 +183,7 @@ class Kind(IntEnum):
 def anything(kind: type) -> Likeness | None:
     """What all values of that type are like: nothing of them is measured."""
     known = extension()
-    return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [], _CPU)
+    return None if known is None else Likeness(known.Pattern([_Part(Kind.TYPE, kind)]), [], [], [], None)
 
 
 def form(values: object) -> Likeness | None:
@@ -178,7 +193,7 @@ def form(values: object) -> Likeness | None:
     if known is None:
         return None
     parts = [part for part, _ in _parts(values, -2, _form)]
-    return None if None in parts else Likeness(known.Pattern(parts), [], [], _CPU)
+    return None if None in parts else Likeness(known.Pattern(parts), [], [], [], None)
 
 
 class _Part(NamedTuple):
@@ -236,13 +251,14 @@ def extension() -> _Extension | None:
         *library.addresses,
         torch._C._len_torch_function_stack,
         torch._C.DisableTorchFunction,
+        torch._C._disabled_torch_function_impl,
         torch.is_grad_enabled,
     )
     return found
 
 
 def likeness(values: object, described: object, records: object) -> Likeness | None:
-    """What `values` are like; None where that can't be told, or they lie on several devices.
+    """What `values` are like; None where that can't be told, or they lie on several GPUs.
 
     values: a tuple of lists or dicts of values, such as the arguments by position and by name.
     described: a nest with the same tensors, in which `records` (a nest, too) has the record of each.
@@ -259,7 +275,8 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
     parts: list[_Part] = []
     measured: list[TensorRecord] = []
     dtypes: list[torch.dtype] = []
-    devices: set[torch.device] = set()
+    on_gpu: list[bool] = []
+    gpus: set[torch.device] = set()
     for part, tensor in _parts(values, -2, _tensor):
         if part is None:
             return None
@@ -274,13 +291,12 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
         if part.kind in (Kind.TENSOR, Kind.ON_GPU):
             measured.append(record)
             dtypes.append(tensor.dtype)
-            devices.add(tensor.device)
-    if len(devices) > 1:
+            on_gpu.append(part.kind is Kind.ON_GPU)
+            if on_gpu[-1]:
+                gpus.add(tensor.device)
+    if len(gpus) > 1:
         return None
-    return Likeness(known.Pattern(parts), measured, dtypes, devices.pop() if devices else _CPU)
-
-
-_CPU = torch.device("cpu")
+    return Likeness(known.Pattern(parts), measured, dtypes, on_gpu, gpus.pop() if gpus else None)
 
 
 def _parts(

@@ -19,7 +19,7 @@ from msprobe_graph.dump.encode import describe
 from msprobe_graph.dump.records import FULL, Entry, Hole, Request, Shared, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
 
-from .alike import AlikeInStep, LastText
+from .alike import AlikeInStep, Text
 from .checksum import crc32, xor_checksum
 from .copied import Copied, CopiedInStep
 from .likeness import MAX_DEPTH, Likeness, Table, anything, contents, extension, is_weight, likeness
@@ -58,7 +58,7 @@ class Recorder:
         self._without_gradients = "backward" in settings.data_mode
         self._launches_on: torch.device | None = None
         """A GPU with tensors of such calls."""
-        self._last_text = LastText()
+        self._texts: list[Text] = []
         self._row_memory = RowMemory()
         self.forget_calls: Callable[[], None] = lambda: None
         """To be called when what is kept of earlier calls holds no longer; whoever keeps it puts it here."""
@@ -154,7 +154,7 @@ class Recorder:
         calls = [] if self._table is None else self._table.calls()
         if self._table is None or not calls:
             return None
-        return AlikeInStep(self._table.contents(), self._launched, calls, self._shared_again, self._last_text)
+        return AlikeInStep(self._table.contents(), self._launched, calls, self._shared_again, self._texts)
 
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""
@@ -178,8 +178,8 @@ class Recorder:
         if self.table is None:
             return None
         found = likeness(values, described, records)
-        if found is not None and found.device.type == "cuda":
-            self._launches_on = found.device
+        if found is not None and found.gpu is not None:
+            self._launches_on = found.gpu
         return found
 
     def share_again(self, shared: Sequence[Shared]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from msprobe_graph.taps.likeness import extension
+from msprobe_graph.taps.likeness import FORMS, extension
 from tests.capturing import Apply
 
 from .alike import Net, Program, captured, check, input_of
@@ -195,8 +195,55 @@ def test_nothing_is_described_anew_where_nothing_changes(tmp_path: Path, describ
     assert not {2, 3} & set(described)
 
 
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_forms_that_take_turns(level: str, tmp_path: Path, described: list[int]) -> None:
+    """As those of prefill and decode steps do: once each is known nothing is described."""
+
+    def program(model: nn.Module, number: int) -> None:
+        model(input_of(number, (3, 5, 8)[number % 3], 6), depth=1 + (number % 3 == 2))
+
+    with torch.no_grad():
+        check(tmp_path, level, program, count=9)
+        described.clear()
+        model = Net().eval()
+        captured(model, tmp_path / "again", level, ((lambda n=n: program(model, n)) for n in range(9)))
+    assert {0, 1, 2} <= set(described)
+    assert not {3, 4, 5, 6, 7, 8} & set(described)
+
+
+def test_more_forms_than_are_kept(tmp_path: Path) -> None:
+    with torch.no_grad():
+        check(tmp_path, "mix", lambda model, n: model(input_of(n, 2 + n % (FORMS + 2), 6)), count=3 * FORMS)
+
+
 class OwnParameter(nn.Parameter):
-    """As vLLM's parameters are: of a class of their own."""
+    """As vLLM's parameters are: of a class of their own, which is asked for whatever concerns them."""
+
+    asked = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_parameters_are_looked_at_without_their_class(tmp_path: Path) -> None:
+    """Python code for each look at each weight would take longer than all else."""
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0].weight = OwnParameter(model[0].weight.detach().clone())
+    asked: list[int] = []
+    with torch.no_grad():
+        for level in ("L0", "L1", "mix"):
+            folder = tmp_path / level
+
+            def program(number: int) -> None:
+                before = OwnParameter.asked
+                model(input_of(number))
+                asked.append(OwnParameter.asked - before)
+
+            program(0)
+            captured(model, folder, level, ((lambda n=n: program(n)) for n in range(4)))
+            assert len(set(asked[-2:] + asked[:1])) == 1, "no more than without capture"
 
 
 def test_a_parameter_of_its_own_class(tmp_path: Path) -> None:

@@ -123,3 +123,20 @@ def test_another_stream_and_a_capture_are_left_to_the_other_way(tmp_path: Path) 
 
 def test_a_tensor_of_five_dimensions_that_lie_apart_is_none_of_them() -> None:
     assert launch_of(torch.ones(4, 4, 4, 4, 4, device="cuda")[::2, ::2, ::2, ::2, ::2]) is None
+
+
+def test_a_call_on_both_devices(tmp_path: Path, described: list[int]) -> None:
+    """A copy to the GPU: what it is given is measured where it lies."""
+    model = Apply(lambda x, of: x.to("cuda") + of)
+    debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "L0"})
+    given = [(torch.full((3, 4), number + 1.0), torch.full((3, 4), number - 1.0)) for number in range(4)]
+    with torch.no_grad():
+        for x, of in given:
+            with debugger.start(model):
+                model(x, of=of.cuda())
+    debugger.flush()
+    assert not {2, 3} & set(described)
+    for folder, (x, of) in zip(steps(tmp_path), given, strict=True):
+        entry = read(folder).data["Module.Apply.forward.0"]
+        measured = entry["input_args"][0], entry["input_kwargs"]["of"], entry["output"][0]
+        assert [each["Max"] for each in measured] == [each.max().item() for each in (x, of, x + of)]

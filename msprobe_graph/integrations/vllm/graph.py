@@ -91,7 +91,7 @@ class GraphCapture:
         self._key = hashlib.sha256(f"{self._config.compute_hash()} {torch.__version__}".encode()).hexdigest()[:16]
         for name, module in compiled_modules(model).items():
             module.aot_compile = functools.partial(self._traced_anew, module.aot_compile, self._plan_file(name))
-        if self.replays_graphs:
+        if self._replays_graphs:
             self._session.replays.listening = True
             if self._session.replays.saving is not None:
                 self._session.replays.saving.paths.add({"": model})
@@ -106,12 +106,12 @@ class GraphCapture:
         replays.listening = False
         if self._rounds is not None:
             self._rounds.remove()
-        if self.replays_graphs and not replays.follows:
+        if self._replays_graphs and not replays.follows:
             log.warning(REPLAYED)
             self._session.out_of_reach.append(Hole("what vLLM replays as a CUDA graph", REPLAYED))
 
     @property
-    def replays_graphs(self) -> bool:
+    def _replays_graphs(self) -> bool:
         """Whether vLLM replays CUDA graphs."""
         return bool(self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .graph import GraphCapture
 
 BEHIND = 2
-"""As many steps may be on their way to the disk where CUDA graphs make steps so short that writing takes longer."""
+"""As many steps may be on their way to the disk where the model runs on a GPU: else each would wait for the GPU, and
+where CUDA graphs make them short writing takes longer than they."""
 
 
 class WorkerCapture:
@@ -39,8 +40,8 @@ class WorkerCapture:
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
     A call of execute_model with nothing scheduled is no step, but tells which requests are over. A step is on disk
-    before its result is returned, because vLLM kills its processes when it is stopped. Where one of them replays CUDA
-    graphs, the last `BEHIND` steps may come later, but when a call with nothing scheduled returns they are there; vLLM
+    before its result is returned, because vLLM kills its processes when it is stopped. In one of them that computes on
+    a GPU the last `BEHIND` steps may come later, but when a call with nothing scheduled returns they are there; vLLM
     makes one when nothing is left to do. A failure in here ends capture, not serving.
 
     Gives the worker three methods for collective_rpc, between steps: msprobe_start, msprobe_stop and msprobe_flush.
@@ -63,6 +64,7 @@ class WorkerCapture:
         """That step's requests with their rows, once the batch has been laid out."""
         self._padded: int | None = None
         """How many rows that step's batch has with its padding, once the model has begun to run."""
+        self._behind = 0
         self._boundary = Boundary()
         self._graphs: GraphCapture | None = None
         """Puts taps into what is compiled; None where nothing is."""
@@ -73,9 +75,6 @@ class WorkerCapture:
             from .graph import GraphCapture
 
             self._graphs = GraphCapture(worker.vllm_config, self._debugger.session)
-        # Run in the user's own process vLLM makes no call with nothing scheduled.
-        lags = self._graphs is not None and self._graphs.replays_graphs and multiprocessing.parent_process() is not None
-        self._behind = BEHIND if lags else 0
         for name in ("load_model", "compile_or_warm_up_model", "execute_model", "sample_tokens"):
             setattr(worker, name, functools.partial(getattr(self, f"_{name}"), getattr(worker, name)))
         for rpc in (self.msprobe_start, self.msprobe_stop, self.msprobe_flush):
@@ -162,6 +161,9 @@ class WorkerCapture:
     def _prepare(self) -> None:
         """The model is loaded and warm: decide what of it is watched."""
         model = self._worker.get_model()
+        # Run in the user's own process vLLM makes no call with nothing scheduled.
+        lags = self._worker.device.type != "cpu" and multiprocessing.parent_process() is not None
+        self._behind = BEHIND if lags else 0
         mode = self._worker.vllm_config.compilation_config.mode
         self._models = {"": model}
         self._debugger.session.sharding = sharding(model)

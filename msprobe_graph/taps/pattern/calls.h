@@ -72,11 +72,46 @@ bool gradients() { return Ref(PyObject_CallNoArgs(is_grad_enabled)).get() != Py_
 
 bool usable(Table* table) {
     if (table->weights) {
-        const Unseen unseen;
+        const Unseen unseen(true);
         table->weights_stand = unseen && stand(reinterpret_cast<Probes*>(table->weights.get()));
         table->weights = Ref();
     }
     return table->weights_stand && !(table->without_gradients && gradients());
+}
+
+// A call that begins, as `begin` is told of it.
+struct Beginning {
+    PyObject *numbers, *within, *stack, *name, *given;
+    int64_t number;
+    Ref frame;
+};
+
+// Whether it begins like `earlier`; if so it is counted, and what it was given is measured.
+bool begins_like(Table* table, PyObject* earlier, const Beginning& now) {
+    const Py_ssize_t depth = PyList_GET_SIZE(now.stack);
+    PyObject* const inside = depth ? PyList_GET_ITEM(now.stack, depth - 1) : nullptr;
+    PyObject* const entry = PyTuple_GET_ITEM(earlier, ENTRY);
+    PyObject* const call = PyTuple_GET_ITEM(earlier, CALL);
+    if (!same_module(entry, inside, call != Py_None) || !same_place(earlier, inside, now.frame)) return false;
+    Ref place;
+    int64_t number_within = 0;
+    if (now.within != Py_None) {
+        const Ref module(PyObject_GetAttr(entry, names.module)), expected(PyObject_GetAttr(entry, names.number));
+        place = Ref(PyTuple_Pack(2, now.name, module.get()));
+        number_within = place ? next_number(now.within, place.get()) : -1;
+        if (!expected || PyLong_AsLongLong(expected.get()) != number_within) return false;
+    }
+    return measure(table, PyTuple_GET_ITEM(earlier, INPUTS), now.given) &&
+           count_on(now.numbers, now.name, now.number) &&
+           (!place || count_on(now.within, place.get(), number_within)) &&
+           (call == Py_None || push(call, now.stack, now.frame));
+}
+
+// What was seen last is looked at first.
+void to_front(PyObject* list, Py_ssize_t at) {
+    PyObject* const item = PyList_GET_ITEM(list, at);
+    for (; at; at--) PyList_SET_ITEM(list, at, PyList_GET_ITEM(list, at - 1));
+    PyList_SET_ITEM(list, 0, item);
 }
 
 PyObject* begin(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
@@ -84,33 +119,23 @@ PyObject* begin(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
         PyErr_SetString(PyExc_TypeError, "begin takes numbers, numbers within, a stack, a name, earlier calls, values");
         return nullptr;
     }
-    PyObject *const numbers = arguments[0], *const within = arguments[1], *const stack = arguments[2];
-    PyObject *const name = arguments[3], *const given = arguments[5];
-    const int64_t number = next_number(numbers, name);
+    Table* const table = reinterpret_cast<Table*>(self);
+    const int64_t number = next_number(arguments[0], arguments[3]);
     const Ref key(PyLong_FromLongLong(number));
-    PyObject* const earlier = key ? PyDict_GetItemWithError(arguments[4], key.get()) : nullptr;
-    if (!earlier) return unlike();
-    const Ref keep = Ref::shared(earlier);
-    const Py_ssize_t depth = PyList_GET_SIZE(stack);
-    PyObject* const inside = depth ? PyList_GET_ITEM(stack, depth - 1) : nullptr;
-    PyObject* const entry = PyTuple_GET_ITEM(earlier, ENTRY);
-    PyObject* const call = PyTuple_GET_ITEM(earlier, CALL);
-    const Ref frame(reinterpret_cast<PyObject*>(PyFrame_GetBack(PyEval_GetFrame())));
-    bool like = frame && usable(reinterpret_cast<Table*>(self)) && same_module(entry, inside, call != Py_None) &&
-                same_place(earlier, inside, frame);
-    Ref place;
-    int64_t number_within = 0;
-    if (like && within != Py_None) {
-        const Ref module(PyObject_GetAttr(entry, names.module)), expected(PyObject_GetAttr(entry, names.number));
-        place = Ref(PyTuple_Pack(2, name, module.get()));
-        number_within = place ? next_number(within, place.get()) : -1;
-        like = expected && PyLong_AsLongLong(expected.get()) == number_within;
+    const Ref forms = Ref::shared(key ? PyDict_GetItemWithError(arguments[4], key.get()) : nullptr);
+    if (!forms || !PyList_Check(forms.get())) return unlike();
+    const Beginning now{arguments[0], arguments[1], arguments[2], arguments[3], arguments[5], number,
+                        Ref(reinterpret_cast<PyObject*>(PyFrame_GetBack(PyEval_GetFrame())))};
+    if (!now.frame || !usable(table)) return unlike();
+    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(forms.get()); at++) {
+        Ref earlier = Ref::shared(PyList_GET_ITEM(forms.get(), at));
+        if (begins_like(table, earlier.get(), now)) {
+            if (at && at < PyList_GET_SIZE(forms.get())) to_front(forms.get(), at);
+            return earlier.release();
+        }
+        PyErr_Clear();
     }
-    like = like && measure(reinterpret_cast<Table*>(self), PyTuple_GET_ITEM(earlier, INPUTS), given);
-    const bool counted =
-        like && count_on(numbers, name, number) && (!place || count_on(within, place.get(), number_within));
-    if (!counted || (call != Py_None && !push(call, stack, frame))) return unlike();
-    return Ref::shared(earlier).release();
+    return unlike();
 }
 
 PyObject* end(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {

@@ -168,6 +168,7 @@ class Match {
 struct Pattern {
     PyObject_HEAD
     std::vector<Part> parts;
+    bool overrides;  // there are tensors of classes that do
 };
 
 bool read_part(PyObject* given, Part& part) {
@@ -211,11 +212,14 @@ PyObject* new_pattern(PyTypeObject* type, PyObject* arguments, PyObject*) {
     Pattern* self = reinterpret_cast<Pattern*>(type->tp_alloc(type, 0));
     if (!self) return nullptr;
     new (&self->parts) std::vector<Part>(PyList_GET_SIZE(given));
-    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given); at++)
-        if (!read_part(PyList_GET_ITEM(given, at), self->parts[at])) {
+    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given); at++) {
+        Part& part = self->parts[at];
+        if (!read_part(PyList_GET_ITEM(given, at), part)) {
             Py_DECREF(self);
             return nullptr;
         }
+        self->overrides = self->overrides || (part.dtype.get() != Py_None && overrides(part.type.get()));
+    }
     return reinterpret_cast<PyObject*>(self);
 }
 

@@ -60,7 +60,8 @@ PyObject* calls(PyObject* self, PyObject*) {
     const std::vector<Measured>& all = reinterpret_cast<Table*>(self)->calls;
     Ref list(PyList_New(all.size()));
     for (size_t at = 0; list && at < all.size(); at++) {
-        PyObject* const call = Py_BuildValue("(On)", all[at].likeness.get(), static_cast<Py_ssize_t>(all[at].row));
+        PyObject* const call = Py_BuildValue("(Onn)", all[at].likeness.get(), static_cast<Py_ssize_t>(all[at].row),
+                                             static_cast<Py_ssize_t>(all[at].gpu_row));
         if (!call) return nullptr;
         PyList_SET_ITEM(list.get(), at, call);
     }
@@ -69,10 +70,11 @@ PyObject* calls(PyObject* self, PyObject*) {
 
 PyObject* set_up(PyObject*, PyObject* arguments) {
     unsigned long long dense_at, strided_at, fingerprint_at;
-    if (!PyArg_ParseTuple(arguments, "KKKOOO", &dense_at, &strided_at, &fingerprint_at, &modes_on, &disable_modes,
-                          &is_grad_enabled))
+    if (!PyArg_ParseTuple(arguments, "KKKOOOO", &dense_at, &strided_at, &fingerprint_at, &modes_on, &disable_modes,
+                          &no_torch_function, &is_grad_enabled))
         return nullptr;
-    for (PyObject* each : {modes_on, disable_modes, is_grad_enabled}) Py_INCREF(each);  // as long as the process lives
+    for (PyObject* each : {modes_on, disable_modes, no_torch_function, is_grad_enabled})
+        Py_INCREF(each);  // as long as the process lives
     fingerprint = reinterpret_cast<Fingerprint*>(fingerprint_at);
     dense = reinterpret_cast<Dense*>(dense_at);
     strided = reinterpret_cast<Strided*>(strided_at);

@@ -40,7 +40,7 @@ PyObject* none() { return Ref::shared(Py_None).release(); }
 // Names of attributes, made once.
 struct Names {
     PyObject *dtype, *shape, *requires_grad, *is_cpu, *is_contiguous, *is_neg, *data_ptr, *stride, *version;
-    PyObject *get_device, *is_inference, *numel, *enter, *exit;
+    PyObject *get_device, *is_inference, *numel, *enter, *exit, *torch_function;
     PyObject *anchor, *before, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
 } names;
 
@@ -91,6 +91,7 @@ void make_names() {
                   {&names.before, "before"},
                   {&names.enter, "__enter__"},
                   {&names.exit, "__exit__"},
+                  {&names.torch_function, "__torch_function__"},
                   {&names.frame, "frame"},
                   {&names.module, "module"},
                   {&names.name, "name"},
@@ -103,18 +104,28 @@ void make_names() {
     for (const auto& each : needed) *each.at = PyUnicode_InternFromString(each.name);
 }
 
-// torch's own: how many function modes are on, the context that hides from them, and whether gradients are recorded.
-PyObject *modes_on, *disable_modes, *is_grad_enabled;
+// torch's own: how many function modes are on, the context that hides from them and from the tensors' own classes, what
+// a class has for __torch_function__ where it leaves everything to torch, and whether gradients are recorded.
+PyObject *modes_on, *disable_modes, *no_torch_function, *is_grad_enabled;
 
-// While there is one, no function mode sees what is asked of tensors. False where that can't be had.
+// Whether tensors of that class are asked through Python code of its own.
+bool overrides(PyObject* type) {
+    const Ref handler(PyObject_GetAttr(type, names.torch_function));
+    PyErr_Clear();
+    return handler && handler.get() != no_torch_function;
+}
+
+// While there is one, no function mode sees what is asked of tensors, and no class that `overrides` if there may be
+// `classes` that do. False where that can't be had.
 class Unseen {
   public:
-    Unseen() {
+    explicit Unseen(bool classes) {
         int64_t modes;
         fine = integer(Ref(PyObject_CallNoArgs(modes_on)), modes);
-        if (fine && modes) hidden = Ref(PyObject_CallNoArgs(disable_modes));
+        const bool wanted = modes || classes;
+        if (fine && wanted) hidden = Ref(PyObject_CallNoArgs(disable_modes));
         if (hidden) entered = Ref(PyObject_CallMethodNoArgs(hidden.get(), names.enter));
-        fine = fine && (!modes || entered);
+        fine = fine && (!wanted || entered);
     }
     ~Unseen() {
         if (!entered) return;

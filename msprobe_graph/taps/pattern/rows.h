@@ -38,10 +38,10 @@ struct Seen {
     size_t row;
 };
 
-// Values that were measured: what they are like, and the first of their rows.
+// Values that were measured: what they are like, and the first of their rows on the CPU and on the GPU.
 struct Measured {
     Ref likeness;
-    size_t row;
+    size_t row, gpu_row;
 };
 
 // Rows in a GPU's memory, which one stream writes. A value's header is followed by the rows of its parts.
@@ -150,23 +150,32 @@ bool launch(Table* table, const Leaf& leaf, int64_t& header) {
 
 // Measures the tensors in `values` if they are like those that `likeness` is of: see likeness.Likeness.
 bool measure(Table* table, PyObject* likeness, PyObject* values) {
-    const Unseen unseen;
+    const Pattern* const pattern = reinterpret_cast<Pattern*>(PyTuple_GET_ITEM(likeness, 0));
+    const Unseen unseen(pattern->overrides);
     if (!unseen) return false;
-    Match match(reinterpret_cast<Pattern*>(PyTuple_GET_ITEM(likeness, 0))->parts);
+    Match match(pattern->parts);
     if (!match.whole(values)) return false;
-    const std::vector<Leaf>& leaves = match.leaves;
-    const bool on_gpu = !leaves.empty() && leaves[0].part->kind == ON_GPU;
-    if (on_gpu && !gpu_ready(table->gpu)) return false;
-    std::vector<Row> rows(on_gpu ? 0 : leaves.size());
-    std::vector<int64_t> headers(on_gpu ? leaves.size() : 0);
-    for (size_t at = 0; at < leaves.size(); at++)
-        if (!(on_gpu ? launch(table, leaves[at], headers[at]) : read(table, leaves[at], &rows[at]))) return false;
-    const size_t first = on_gpu ? table->gpu.headers.size() : table->rows.size();
-    if (!leaves.empty()) table->calls.push_back({Ref::shared(likeness), first});
+    std::vector<Row> rows;
+    std::vector<int64_t> headers;
+    for (const Leaf& leaf : match.leaves) {
+        if (leaf.part->kind == ON_GPU) {
+            if (headers.empty() && !gpu_ready(table->gpu)) return false;
+            headers.push_back(0);
+            if (!launch(table, leaf, headers.back())) return false;
+        } else {
+            rows.push_back(Row());
+            if (!read(table, leaf, &rows.back())) return false;
+        }
+    }
+    size_t row = table->rows.size();
+    if (!match.leaves.empty()) table->calls.push_back({Ref::shared(likeness), row, table->gpu.headers.size()});
     table->rows.insert(table->rows.end(), rows.begin(), rows.end());
     table->gpu.headers.insert(table->gpu.headers.end(), headers.begin(), headers.end());
-    for (size_t at = 0; !on_gpu && at < leaves.size(); at++)
-        if (worth_remembering(leaves[at])) remember(table, leaves[at], first + at);
+    for (const Leaf& leaf : match.leaves)
+        if (leaf.part->kind == TENSOR) {
+            if (worth_remembering(leaf)) remember(table, leaf, row);
+            row++;
+        }
     return true;
 }
 
