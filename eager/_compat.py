@@ -152,6 +152,12 @@ class FrameCallback:
         return result
 
 
+def leave_frames_to_python(function: Any) -> None:
+    """Have dynamo compile no frame of `function` on its own. What it inlines, and what the function calls, it compiles
+    as ever."""
+    _skip(function, with_what_it_calls=False)
+
+
 def _skip(function: Any, with_what_it_calls: bool) -> None:
     """Have dynamo not even ask about frames of `function`, and of what it calls."""
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy

@@ -24,7 +24,7 @@ from .fused import has_fused_path
 from .modes import ApiMode, AtenMode, ModeSwitch
 from .modules import ModuleHooks, ModuleTap
 from .stretches import Stretches
-from .unhooked import keep_out_of_compilations
+from .unhooked import keep_out_of_compilations, leave_torch_modules_to_python
 
 COMPILED = "it runs inside a compiled region, which eager capture leaves as it is"
 BEGUN = "its call had begun when capture did, with the first graph that was compiled in it"
@@ -98,6 +98,7 @@ class EagerCapture:
         for prefix, model in new.items():
             modules, borders = survey(model, prefix)
             late = [module for module in running if module not in self._hooks.taps]
+            leave_torch_modules_to_python(module for module in modules.values() if module not in self._hooks.taps)
             self._hooks.install(modules)
             if compiler_at_work():  # a backend asks for it: the hooks come when dynamo has ended
                 self._hooks.take_away()

@@ -3,21 +3,30 @@
 Hooks lie on all modules, inside compiled regions too, where calls that break the graph run eagerly. But dynamo would
 trace the hooks that it finds, and guard on them. So it finds none: they are taken away when it begins to compile and
 put back when it ends. What it compiles is what it would compile without us, and calls no hook.
+
+That a module has hooks is a reason for dynamo, from torch 2.13 on, to compile the forward of a module of torch's own
+that eager code calls, which else it leaves to Python. There ours must not be found either.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import FunctionType
 
-from ._compat import around_compilations, leave_to_python
+from torch import nn
+
+from ._compat import around_compilations, leave_frames_to_python, leave_to_python
 from .modules import ModuleHooks
 
 TRACED = "in_trace"
 """The file of this package that dynamo may look into."""
+TORCHS_OWN = ("torch.nn.", "torch.ao.")
+"""The modules of Python that dynamo takes modules of torch's own from."""
 
 
 def keep_out_of_compilations(hooks: ModuleHooks) -> None:
@@ -26,6 +35,18 @@ def keep_out_of_compilations(hooks: ModuleHooks) -> None:
     if "torch._dynamo" in sys.modules:
         _leave_hooks_to_python()
         around_compilations(hooks.take_away, hooks.put_back)
+
+
+def leave_torch_modules_to_python(modules: Iterable[nn.Module]) -> None:
+    """Have dynamo compile no forward of these modules for the hooks that they are about to get: see above. It keeps to
+    that for all modules of a class, as it does without us once it has met one without hooks."""
+    classes: dict[type[nn.Module], bool] = {}
+    for module in modules:
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        classes[type(module)] = classes.get(type(module), False) or hooked
+    for cls, hooked in classes.items():
+        if not hooked and cls.__module__.startswith(TORCHS_OWN) and isinstance(cls.forward, FunctionType):
+            leave_frames_to_python(cls.forward)
 
 
 @cache
