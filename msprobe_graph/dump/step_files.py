@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class StepFiles:
         self._stacks = Stacks()
         self._tree = SameAgain()
         """Of construct.json."""
+        self._last: dict[str, tuple[bytes, Path]] = {}
+        """Of the files that are mostly the same from step to step: contents, and where a file with them is."""
 
     def folder(self, step: int) -> Path:
         return step_folder(self.dump_path, step, self.provenance.process)
@@ -128,10 +130,20 @@ class StepFiles:
             step.holes.append(Hole("later steps", f"max_bytes ({self._budget.limit}) is reached"))
         files["manifest.json"] = self._manifests.encode(step)
         if not begun:
-            write_folder(folder, files)
+            write_folder(folder, files, self._same(folder, files))
             return
         for name, content in files.items():
             write_whole(folder / name, content)
+
+    def _same(self, folder: Path, files: Mapping[str, bytes]) -> dict[str, Path]:
+        """Of these files, which are to be in `folder`, those whose contents the last step's file has."""
+        same = {}
+        for name in ("stack.json", "construct.json"):
+            contents, path = self._last.get(name, (None, None))
+            if path is not None and contents is files[name]:
+                same[name] = path
+            self._last[name] = files[name], folder / name
+        return same
 
     def _construct(self, step: Step) -> dict[str, str | None]:
         """Each entry's parent; empty at the levels that know no modules, as msProbe's is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,45 @@ def test_a_step_that_is_written_at_once_is_not_seen_before_it_is_whole(tmp_path:
 
     folder = tmp_path / "step0" / "rank0"
     with pytest.raises(Killed):
-        write_folder(folder, Files())
+        write_folder(folder, Files(), {})
     assert not folder.exists()
     with pytest.raises(DumpError, match="holds no dump"):
         steps(tmp_path)
-    write_folder(folder, {"dump.json": b'{"task": "statistics", "level": "L0", "data": {}}'})
+    write_folder(folder, {"dump.json": b'{"task": "statistics", "level": "L0", "data": {}}'}, {})
     assert steps(tmp_path) == [folder]
+
+
+def test_files_that_are_the_same_in_each_step_are_one(new_writer: NewWriter) -> None:
+    writer = new_writer()
+    inodes: list[list[int]] = []
+    for number, line in enumerate((1, 1, 1, 2)):
+        if number == 2:
+            shutil.rmtree(writer.files.folder(1))
+        stack = (StackFrame(__file__, line, "forward"),)
+        writer.submit(Step(number, [Entry("Module.a.A.forward.0", {}, stack=stack)], finished=True))
+        writer.flush()
+        folder = writer.files.folder(number)
+        assert read(folder).stack["0"][1][0].split(", ")[1] == f"line {line}"
+        inodes.append([(folder / name).stat().st_ino for name in ("stack.json", "construct.json", "dump.json")])
+
+    def equal(one: int, other: int) -> list[bool]:
+        return [a == b for a, b in zip(inodes[one], inodes[other], strict=True)]
+
+    assert equal(0, 1) == [True, True, False]
+    assert equal(0, 2) == [False, False, False], "the last step's are gone"
+    assert equal(2, 3) == [False, True, False]
+
+
+def test_what_is_left_of_a_step_is_no_way_into_the_files_of_others(tmp_path: Path) -> None:
+    write_folder(tmp_path / "step0" / "rank0", {"stack.json": b"one"}, {})
+    left = tmp_path / "step1" / "rank0.part"
+    left.mkdir(parents=True)
+    (left / "stack.json").hardlink_to(tmp_path / "step0" / "rank0" / "stack.json")
+    write_folder(tmp_path / "step1" / "rank0", {"stack.json": b"another"}, {})
+    assert [(tmp_path / f"step{number}" / "rank0" / "stack.json").read_bytes() for number in (0, 1)] == [
+        b"one",
+        b"another",
+    ]
 
 
 def test_an_unfinished_step_says_so_and_may_grow(new_writer: NewWriter) -> None:

@@ -17,6 +17,9 @@ from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, st
 
 pytestmark = pytest.mark.vllm
 
+LONG = 480
+"""Tokens that take the server longer to make than it takes to stop capture meanwhile."""
+
 
 @pytest.fixture(scope="module")
 def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Path]]:
@@ -128,18 +131,19 @@ def test_while_a_server_answers(tiny_model: Path, tmp_path: Path, untouched: dic
     config, dump = tmp_path / "config.json", tmp_path / "dump"
     enable(config, True, dump)
     additional = json.dumps({"dump_config_path": str(config)})
-    server = Server(tiny_model, tmp_path / "log", "--additional-config", additional, VLLM_SERVER_DEV_MODE="1")
+    options = ["--additional-config", additional, "--max-model-len", "512"]
+    server = Server(tiny_model, tmp_path / "log", *options, VLLM_SERVER_DEV_MODE="1")
     try:
         assert server.wait(), server.log.read_text()[-3000:]
         assert [server.complete(*each, "off-none") for each in zip(PROMPTS, TOKENS, strict=True)] == untouched["tokens"]
         long: list[list[int]] = []
-        asking = threading.Thread(target=lambda: long.append(server.complete(PROMPTS[0], 200, "long")))
+        asking = threading.Thread(target=lambda: long.append(server.complete(PROMPTS[0], LONG, "long")))
         asking.start()
         until(lambda: count(dump, "cmpl-long-0") > 5)
         (stopped,) = server.rpc("msprobe_stop")
         asking.join()
         at_stop = count(dump, "cmpl-long-0")
-        assert 5 < at_stop < 200
+        assert 5 < at_stop < LONG
         (started,) = server.rpc("msprobe_start")
         assert server.complete(PROMPTS[0], 3, "again") == long[0][:3]
         enable(config, False, dump)
@@ -151,8 +155,8 @@ def test_while_a_server_answers(tiny_model: Path, tmp_path: Path, untouched: dic
     steps = {int(step.folder.parent.name[4:]): list(rows(step)) for step in dumped(dump) if step.finished}
     answered = sum(TOKENS)
     assert f"capture is off; step {answered + at_stop} comes next" in stopped
-    assert f"capture is on; step {answered + 200} comes next" in started
-    expected = [*range(answered + at_stop), *range(answered + 200, answered + 203)]
+    assert f"capture is on; step {answered + LONG} comes next" in started
+    expected = [*range(answered + at_stop), *range(answered + LONG, answered + LONG + 3)]
     assert sorted(steps) == expected
     assert [steps[number] for number in expected[-3:]] == [["cmpl-again-0"]] * 3
 

@@ -7,6 +7,7 @@ step before, V2 sorts them. The worker knows a request by the client's name for 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -81,6 +82,7 @@ def padded_rows(worker: Any) -> int | None:
     return None if batch is None else int(batch.num_tokens_after_padding)
 
 
+@functools.lru_cache(maxsize=1 << 12)  # vLLM looks at the environment anew each time that it is asked
 def client_name(request: str) -> str:
     """``cmpl-1-0-5f0c1d2e`` is the worker's name for what the client knows as ``cmpl-1-0``."""
     from vllm import envs
