@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import FunctionType
+from types import FunctionType, MethodWrapperType
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class ApiMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if type(func) is MethodWrapperType and self._name(func) is None:  # x.shape and the like, most of all calls
+            return func(*args, **(kwargs or {}))
         # In a compiled region this is traced, and nothing of ours may end up in the compiled program; what a compiler
         # itself computes, as when a backward pass is compiled at its first run, is no part of the program.
         if torch.compiler.is_compiling() or compiler_at_work() or self.thread.in_graph:
