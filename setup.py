@@ -2,7 +2,7 @@
 
 from setuptools import Extension, find_packages, setup
 
-PATTERN = ("calls", "likeness", "probes", "python", "rows", "stacks")
+PATTERN = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks")
 
 setup(
     # The top-level folder eager/ is installed as msprobe_graph.eager: site-packages gets no package called "eager".

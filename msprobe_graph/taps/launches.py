@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class Launch(NamedTuple):
     """How one tensor is measured; likeness.h has the same order."""
 
-    device: int
     function: int
     """The driver's handle of the compiled kernel."""
     shared: int
@@ -53,7 +52,7 @@ def launch_of(tensor: torch.Tensor) -> Launch | None:
         return None
     alignment = 16 if tensor.data_ptr() % 16 == 0 else tensor.itemsize
     address = 0 if table is None else table.data_ptr()
-    return Launch(tensor.device.index, *kernel, address, number_of_parts, each, alignment, lies[1:])
+    return Launch(*kernel, address, number_of_parts, each, alignment, lies[1:])
 
 
 @functools.cache

@@ -105,7 +105,6 @@ def _set_up() -> bool:
         return False
     compiled.set_up_gpu(
         ctypes.cast(launch, ctypes.c_void_p).value or 0,
-        torch._C._cuda_getCurrentRawStream,
         torch._C._cuda_getDevice,
         torch._C._cuda_isCurrentStreamCapturing,
     )

@@ -193,7 +193,8 @@ def form(values: object) -> Likeness | None:
     if known is None:
         return None
     parts = [part for part, _ in _parts(values, -2, _form)]
-    return None if None in parts else Likeness(known.Pattern(parts), [], [], [], None)
+    pattern = None if None in parts else _pattern(known, parts)
+    return None if pattern is None else Likeness(pattern, [], [], [], None)
 
 
 class _Part(NamedTuple):
@@ -203,23 +204,19 @@ class _Part(NamedTuple):
     type: type
     object: object = None
     """WEIGHT: a weak reference to it. EQUAL: the value. KEYS, FIELDS: the names."""
-    dtype: torch.dtype | None = None
-    """Of tensors, as all that follows."""
     size: int = 0
-    """Bytes of an element; of ITEMS how many there are."""
+    """ITEMS: how many there are."""
     code: int = 0
-    """Of the dtype, in statistics.c."""
-    requires_grad: bool = False
-    shape: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
-    """ON_GPU."""
+    """Of a tensor's dtype, in statistics.c."""
+    tensor: torch.Tensor | None = None
+    """What is to be like it, as it is now. It is not kept."""
     launch: Launch | None = None
     """ON_GPU."""
 
 
 class _Extension(Protocol):
     def Pattern(self, parts: Sequence[_Part | None]) -> Pattern:
-        """Of no None."""
+        """Of no None. BufferError for a tensor that has no memory of its own."""
 
     def Table(self, without_gradients: bool, weights: Probes | None) -> Table: ...
 
@@ -249,6 +246,7 @@ def extension() -> _Extension | None:
         return None
     found.set_up(
         *library.addresses,
+        torch.Tensor.__dlpack_c_exchange_api__,
         torch._C._len_torch_function_stack,
         torch._C.DisableTorchFunction,
         torch._C._disabled_torch_function_impl,
@@ -294,9 +292,16 @@ def likeness(values: object, described: object, records: object) -> Likeness | N
             on_gpu.append(part.kind is Kind.ON_GPU)
             if on_gpu[-1]:
                 gpus.add(tensor.device)
-    if len(gpus) > 1:
+    pattern = _pattern(known, parts) if len(gpus) < 2 else None
+    return None if pattern is None else Likeness(pattern, measured, dtypes, on_gpu, gpus.pop() if gpus else None)
+
+
+def _pattern(known: _Extension, parts: Sequence[_Part | None]) -> Pattern | None:
+    """None where a tensor has no memory of its own."""
+    try:
+        return known.Pattern(parts)
+    except BufferError:
         return None
-    return Likeness(known.Pattern(parts), measured, dtypes, on_gpu, gpus.pop() if gpus else None)
 
 
 def _parts(
@@ -337,7 +342,7 @@ def _tensor(tensor: torch.Tensor) -> _Part | None:
     from .launches import launch_of
 
     launch = launch_of(tensor)
-    return launch and form._replace(kind=Kind.ON_GPU, strides=tensor.stride(), launch=launch)
+    return launch and form._replace(kind=Kind.ON_GPU, launch=launch)
 
 
 def _form(tensor: torch.Tensor) -> _Part | None:
@@ -346,10 +351,9 @@ def _form(tensor: torch.Tensor) -> _Part | None:
     code = native.CODES.get(tensor.dtype)
     if code is None or tensor.is_nested:
         return None
-    form = tensor.dtype, tensor.itemsize, code, tensor.requires_grad, tuple(tensor.shape)
     if is_weight(tensor) and not tensor.is_inference():
-        return _Part(Kind.WEIGHT, kind, weakref.ref(tensor), *form)
-    return _Part(Kind.FORM, kind, None, *form)
+        return _Part(Kind.WEIGHT, kind, weakref.ref(tensor), code=code, tensor=tensor)
+    return _Part(Kind.FORM, kind, code=code, tensor=tensor)
 
 
 def _found(nest: Any, kind: type[T], depth: int) -> Iterator[T]:

@@ -9,8 +9,9 @@ from .device import of as device_of
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 MAPPED = 1 << 40
-"""Memory lies above this address in position-independent programs on 64-bit Linux. Below lie the "addresses" of tensors
-without memory: 0, or the offset into a storage that was freed. Only these are looked at more closely."""
+"""Memory lies above this address in position-independent programs on 64-bit Linux; in others, such as the Python of
+Debian and Ubuntu, the heap begins far below. There lie the "addresses" of tensors without memory, too: 0, or the offset
+into a storage that was freed. Only what is below is looked at more closely."""
 
 
 class Unmeasurable(ValueError):
@@ -57,7 +58,7 @@ def address_of(tensor: torch.Tensor) -> int:
             address = tensor.data_ptr()
         except RuntimeError:  # sparse, or inside a torch.func transform
             address = 0
-        if address >= MAPPED:
+        if address >= MAPPED or (address and address != tensor.storage_offset() * tensor.itemsize):
             return address
     refuse_unmeasurable(tensor)
     return tensor.data_ptr()

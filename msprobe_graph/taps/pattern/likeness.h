@@ -2,53 +2,51 @@
 
 // What values are to be like, and whether others are: `Pattern`, for likeness.py.
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <new>
 
-#include "python.h"
+#include "exchange.h"
 
 namespace {
 
-constexpr int64_t MAPPED = int64_t(1) << 40;   // see unmeasurable.py
-constexpr int64_t OFFSETS = int64_t(1) << 30;  // below are the "addresses" of tensors whose storage a GPU has freed
+constexpr int64_t MAPPED = int64_t(1) << 40;  // see unmeasurable.py
 
 // The order is that of likeness.Kind.
 enum Kind { TENSOR, WEIGHT, EQUAL, TYPE, ITEMS, KEYS, FIELDS, ON_GPU, FORM };
 
 // How a tensor on a GPU is measured: see launches.Launch.
 struct Launch {
-    long long device, function, shared, threads, nulls, meaning, parts, each, alignment;
+    long long function, shared, threads, nulls, meaning, parts, each, alignment;
     long long layout[7];
-    std::vector<int64_t> strides;
 };
 
 struct Part {
     Kind kind;
     Ref type;
     Ref object;  // WEIGHT: a weak reference to it; EQUAL: the value; KEYS, FIELDS: a tuple of names
-    Ref dtype;   // TENSOR, ON_GPU, WEIGHT, FORM
-    int64_t size = 0;  // ITEMS: how many; TENSOR: bytes of an element
+    int64_t size = 0;  // ITEMS: how many
     int32_t code = 0;
+    bool of_tensor = false;
+    // Of tensors:
     bool requires_grad = false;
-    std::vector<int64_t> shape;
+    DLDataType dtype{};
+    DLDevice device{};
+    std::vector<int64_t> shape, strides;
     int64_t version = 0;
-    int64_t address = 0;
+    void* address = nullptr;
     std::unique_ptr<Launch> launch;  // ON_GPU; apart, so that the parts, which are read between a model's kernels, are small
-
-    int64_t count() const {
-        int64_t count = 1;
-        for (int64_t size : shape) count *= size;
-        return count;
-    }
 };
 
 struct Leaf {
     Ref tensor;
     const Part* part;
-    void* address;
+    DLTensor seen;  // as long as nothing of the program's has run since
     int64_t count;
     bool contiguous;
+
+    int64_t element_size() const { return seen.dtype.bits / 8; }
 };
 
 // False, maybe with an exception set, where a value is not like its part.
@@ -74,8 +72,10 @@ class Match {
                 return tensor(part, value);
             case ON_GPU:
                 return on_gpu(part, value);
-            case FORM:
-                return same_form(part, value);
+            case FORM: {
+                DLTensor seen;
+                return same_form(part, value, seen);
+            }
             case EQUAL:
                 if (PyFloat_CheckExact(value)) return same_float(value, part.object.get());
                 return PyObject_RichCompareBool(value, part.object.get(), Py_EQ) == 1;
@@ -90,42 +90,51 @@ class Match {
         }
     }
 
-    bool same_form(const Part& part, PyObject* value) {
-        return same_attribute(value, names.dtype, part.dtype.get()) &&
-               same_numbers(Ref(PyObject_GetAttr(value, names.shape)), part.shape) &&
+    static bool same_form(const Part& part, PyObject* value, DLTensor& seen) {
+        return look(value, seen) && seen.dtype == part.dtype && same(seen.shape, seen.dims, part.shape) &&
                same_attribute(value, names.requires_grad, part.requires_grad ? Py_True : Py_False);
     }
 
-    bool unchanged(const Part& part, PyObject* value) {
-        int64_t version, address;
-        return same_form(part, value) && integer(Ref(PyObject_GetAttr(value, names.version)), version) &&
-               version == part.version && integer(called(value, names.data_ptr), address) && address == part.address;
+    static bool same(const int64_t* found, int32_t count, const std::vector<int64_t>& expected) {
+        return static_cast<size_t>(count) == expected.size() && std::equal(found, found + count, expected.begin());
+    }
+
+    static bool unchanged(const Part& part, PyObject* value) {
+        DLTensor seen;
+        int64_t version;
+        return same_form(part, value, seen) && seen.data == part.address &&
+               integer(Ref(PyObject_GetAttr(value, names.version)), version) && version == part.version;
+    }
+
+    // Whether there are values: the "address" of a tensor whose storage was freed is where in that it began.
+    static bool there(PyObject* value, const DLTensor& seen) {
+        const int64_t address = reinterpret_cast<int64_t>(seen.data);
+        if (address >= MAPPED) return true;
+        int64_t offset;
+        return address && integer(called(value, names.storage_offset), offset) &&
+               address != offset * (seen.dtype.bits / 8);
+    }
+
+    // Only part of a complex tensor's memory can be marked as negative: with two elements or more it is no run.
+    bool take(const Part& part, PyObject* value, const DLTensor& seen) {
+        const int64_t count = elements(seen);
+        if (count && !there(value, seen)) return false;
+        const bool run = count > 1 && contiguous(seen);
+        if (!run && called(value, names.is_neg).get() != Py_False) return false;
+        leaves.push_back({Ref::shared(value), &part, seen, count, run});
+        return true;
     }
 
     bool on_gpu(const Part& part, PyObject* value) {
-        int64_t device, address;
-        if (!same_form(part, value) || !integer(called(value, names.get_device), device) ||
-            device != part.launch->device || !same_numbers(called(value, names.stride), part.launch->strides) ||
-            !integer(called(value, names.data_ptr), address) || address < OFFSETS ||
-            address % part.launch->alignment ||
-            called(value, names.is_neg).get() != Py_False)
-            return false;
-        leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), part.count(), true});
-        return true;
+        DLTensor seen;
+        if (!same_form(part, value, seen)) return false;
+        return seen.device == part.device && same(seen.strides, seen.dims, part.strides) &&
+               reinterpret_cast<int64_t>(seen.data) % part.launch->alignment == 0 && take(part, value, seen);
     }
 
     bool tensor(const Part& part, PyObject* value) {
-        if (!same_form(part, value) || !same_attribute(value, names.is_cpu, Py_True)) return false;
-        const int64_t count = part.count();
-        int64_t address;
-        const Ref contiguous = called(value, names.is_contiguous);
-        if (!contiguous || !integer(called(value, names.data_ptr), address)) return false;
-        if (count && address < MAPPED) return false;
-        const bool run = contiguous.get() == Py_True && count > 1;
-        // Only part of a complex tensor's memory can be marked as negative: with two elements or more it is no run.
-        if (!run && called(value, names.is_neg).get() != Py_False) return false;
-        leaves.push_back({Ref::shared(value), &part, reinterpret_cast<void*>(address), count, run});
-        return true;
+        DLTensor seen;
+        return same_form(part, value, seen) && seen.device.type == CPU && take(part, value, seen);
     }
 
     // Of the two zeros each is like itself only.
@@ -171,39 +180,43 @@ struct Pattern {
     bool overrides;  // there are tensors of classes that do
 };
 
-bool read_part(PyObject* given, Part& part) {
-    int kind;
-    PyObject *type, *object, *dtype, *shape, *strides, *launch;
-    int code, requires_grad;
-    long long size;
-    if (!PyArg_ParseTuple(given, "iOOOLipO!O!O", &kind, &type, &object, &dtype, &size, &code, &requires_grad,
-                          &PyTuple_Type, &shape, &PyTuple_Type, &strides, &launch))
+bool read_launch(PyObject* given, Launch& to) {
+    return PyArg_ParseTuple(given, "LLLLLLLL(LLLLLLL)", &to.function, &to.shared, &to.threads, &to.nulls, &to.meaning,
+                            &to.parts, &to.each, &to.alignment, to.layout, to.layout + 1, to.layout + 2, to.layout + 3,
+                            to.layout + 4, to.layout + 5, to.layout + 6);
+}
+
+// What is to be like `tensor`, as it is now. BufferError where it has no memory of its own.
+bool read_tensor(PyObject* tensor, Part& part) {
+    DLTensor seen;
+    if (!look(tensor, seen)) {
+        PyErr_SetString(PyExc_BufferError, "a tensor can't be looked at");
         return false;
+    }
+    part.of_tensor = true;
+    part.requires_grad = Ref(PyObject_GetAttr(tensor, names.requires_grad)).get() == Py_True;
+    part.dtype = seen.dtype;
+    part.device = seen.device;
+    part.shape.assign(seen.shape, seen.shape + seen.dims);
+    part.strides.assign(seen.strides, seen.strides + seen.dims);
+    part.address = seen.data;
+    return part.kind != WEIGHT || integer(Ref(PyObject_GetAttr(tensor, names.version)), part.version);
+}
+
+bool read_part(PyObject* given, Part& part) {
+    int kind, code;
+    long long size;
+    PyObject *type, *object, *tensor, *launch;
+    if (!PyArg_ParseTuple(given, "iOOLiOO", &kind, &type, &object, &size, &code, &tensor, &launch)) return false;
     part.kind = static_cast<Kind>(kind);
     part.type = Ref::shared(type);
     part.object = Ref::shared(object);
-    part.dtype = Ref::shared(dtype);
     part.size = size;
     part.code = code;
-    part.requires_grad = requires_grad;
-    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(shape); at++)
-        part.shape.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(shape, at)));
-    if (launch != Py_None) {
-        part.launch = std::make_unique<Launch>();
-        Launch& to = *part.launch;
-        for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(strides); at++)
-            to.strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, at)));
-        if (!PyArg_ParseTuple(launch, "LLLLLLLLL(LLLLLLL)", &to.device, &to.function, &to.shared, &to.threads,
-                              &to.nulls, &to.meaning, &to.parts, &to.each, &to.alignment, to.layout, to.layout + 1,
-                              to.layout + 2, to.layout + 3, to.layout + 4, to.layout + 5, to.layout + 6))
-            return false;
-    }
-    if (part.kind == WEIGHT) {
-        const Ref weight = Ref::shared(PyWeakref_GetObject(object));
-        return weight && integer(Ref(PyObject_GetAttr(weight.get(), names.version)), part.version) &&
-               integer(called(weight.get(), names.data_ptr), part.address);
-    }
-    return !PyErr_Occurred();
+    if (tensor != Py_None && !read_tensor(tensor, part)) return false;
+    if (launch == Py_None) return true;
+    part.launch = std::make_unique<Launch>();
+    return read_launch(launch, *part.launch);
 }
 
 PyObject* new_pattern(PyTypeObject* type, PyObject* arguments, PyObject*) {
@@ -212,13 +225,14 @@ PyObject* new_pattern(PyTypeObject* type, PyObject* arguments, PyObject*) {
     Pattern* self = reinterpret_cast<Pattern*>(type->tp_alloc(type, 0));
     if (!self) return nullptr;
     new (&self->parts) std::vector<Part>(PyList_GET_SIZE(given));
+    const Unseen unseen(true);
     for (Py_ssize_t at = 0; at < PyList_GET_SIZE(given); at++) {
         Part& part = self->parts[at];
         if (!read_part(PyList_GET_ITEM(given, at), part)) {
             Py_DECREF(self);
             return nullptr;
         }
-        self->overrides = self->overrides || (part.dtype.get() != Py_None && overrides(part.type.get()));
+        self->overrides = self->overrides || (part.of_tensor && overrides(part.type.get()));
     }
     return reinterpret_cast<PyObject*>(self);
 }

@@ -12,7 +12,7 @@ PyObject* attach(PyObject* self, PyObject* arguments) {
     long long device, stream, address, room;
     if (!PyArg_ParseTuple(arguments, "LLLL", &device, &stream, &address, &room)) return nullptr;
     gpu.device = device;
-    gpu.stream = stream;
+    gpu.stream = reinterpret_cast<void*>(stream);
     gpu.address = address;
     gpu.room = room;
     return none();
@@ -70,8 +70,10 @@ PyObject* calls(PyObject* self, PyObject*) {
 
 PyObject* set_up(PyObject*, PyObject* arguments) {
     unsigned long long dense_at, strided_at, fingerprint_at;
-    if (!PyArg_ParseTuple(arguments, "KKKOOOO", &dense_at, &strided_at, &fingerprint_at, &modes_on, &disable_modes,
-                          &no_torch_function, &is_grad_enabled))
+    PyObject* dlpack;
+    if (!PyArg_ParseTuple(arguments, "KKKOOOOO", &dense_at, &strided_at, &fingerprint_at, &dlpack, &modes_on,
+                          &disable_modes, &no_torch_function, &is_grad_enabled) ||
+        !set_up_exchange(dlpack))
         return nullptr;
     for (PyObject* each : {modes_on, disable_modes, no_torch_function, is_grad_enabled})
         Py_INCREF(each);  // as long as the process lives
@@ -103,9 +105,8 @@ PyObject* launch_kernel(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 
 PyObject* set_up_gpu(PyObject*, PyObject* arguments) {
     unsigned long long launch_at;
-    if (!PyArg_ParseTuple(arguments, "KOOO", &launch_at, &current_stream, &current_device, &is_capturing))
-        return nullptr;
-    for (PyObject* each : {current_stream, current_device, is_capturing}) Py_INCREF(each);
+    if (!PyArg_ParseTuple(arguments, "KOO", &launch_at, &current_device, &is_capturing)) return nullptr;
+    for (PyObject* each : {current_device, is_capturing}) Py_INCREF(each);
     cu_launch_kernel = reinterpret_cast<CuLaunchKernel*>(launch_at);
     return none();
 }

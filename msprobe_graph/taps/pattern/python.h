@@ -39,8 +39,8 @@ PyObject* none() { return Ref::shared(Py_None).release(); }
 
 // Names of attributes, made once.
 struct Names {
-    PyObject *dtype, *shape, *requires_grad, *is_cpu, *is_contiguous, *is_neg, *data_ptr, *stride, *version;
-    PyObject *get_device, *is_inference, *numel, *enter, *exit, *torch_function;
+    PyObject *requires_grad, *is_neg, *data_ptr, *storage_offset, *version;
+    PyObject *is_inference, *numel, *enter, *exit, *torch_function;
     PyObject *anchor, *before, *frame, *module, *name, *number, *outer, *parent, *path, *stack, *walk;
 } names;
 
@@ -57,14 +57,6 @@ bool same_attribute(PyObject* of, PyObject* name, PyObject* expected) {
 
 Ref called(PyObject* of, PyObject* name) { return Ref(PyObject_CallMethodNoArgs(of, name)); }
 
-bool same_numbers(const Ref& found, const std::vector<int64_t>& expected) {
-    if (!found || !PyTuple_Check(found.get()) || PyTuple_GET_SIZE(found.get()) != (Py_ssize_t)expected.size())
-        return false;
-    for (size_t at = 0; at < expected.size(); at++)
-        if (PyLong_AsLongLong(PyTuple_GET_ITEM(found.get(), at)) != expected[at]) return false;
-    return true;
-}
-
 // The end of what serves the model's own calls: whatever went wrong, they are described anew.
 PyObject* unlike() {
     PyErr_Clear();
@@ -75,16 +67,11 @@ void make_names() {
     const struct {
         PyObject** at;
         const char* name;
-    } needed[] = {{&names.dtype, "dtype"},
-                  {&names.shape, "shape"},
-                  {&names.requires_grad, "requires_grad"},
-                  {&names.is_cpu, "is_cpu"},
-                  {&names.is_contiguous, "is_contiguous"},
+    } needed[] = {{&names.requires_grad, "requires_grad"},
                   {&names.is_neg, "is_neg"},
                   {&names.data_ptr, "data_ptr"},
-                  {&names.stride, "stride"},
+                  {&names.storage_offset, "storage_offset"},
                   {&names.version, "_version"},
-                  {&names.get_device, "get_device"},
                   {&names.numel, "numel"},
                   {&names.is_inference, "is_inference"},
                   {&names.anchor, "anchor"},

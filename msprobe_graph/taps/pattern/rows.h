@@ -20,11 +20,11 @@ typedef void Strided(const void* data, int32_t dims, const int64_t* sizes, const
 Dense* dense;
 Strided* strided;
 
-// The driver's cuLaunchKernel, and torch's current stream of a device, current device, and whether it is captured.
+// The driver's cuLaunchKernel, and torch's current device, and whether its current stream is captured.
 typedef int CuLaunchKernel(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                            void* stream, void** parameters, void** extra);
 CuLaunchKernel* cu_launch_kernel;
-PyObject *current_stream, *current_device, *is_capturing;
+PyObject *current_device, *is_capturing;
 
 constexpr int64_t WORTH_REMEMBERING = 128 * 1024;  // bytes; see measured.py
 
@@ -46,7 +46,9 @@ struct Measured {
 
 // Rows in a GPU's memory, which one stream writes. A value's header is followed by the rows of its parts.
 struct GpuRows {
-    int64_t device = -1, stream = 0, address = 0, room = 0, used = 0;
+    int64_t device = -1;
+    void* stream = nullptr;
+    int64_t address = 0, room = 0, used = 0;
     std::vector<int64_t> headers;  // of each value: which row
 };
 
@@ -64,10 +66,10 @@ struct Table {
 // A large tensor that lies in one piece is known again by its version and by a look at some of its elements, as there
 // are operators that write into their arguments without saying so.
 bool worth_remembering(const Leaf& leaf) {
-    return leaf.contiguous && leaf.count * leaf.part->size >= WORTH_REMEMBERING;
+    return leaf.contiguous && leaf.count * leaf.element_size() >= WORTH_REMEMBERING;
 }
 
-uint64_t look_at(const Leaf& leaf) { return fingerprint(leaf.address, leaf.count, leaf.part->size); }
+uint64_t look_at(const Leaf& leaf) { return fingerprint(leaf.seen.data, leaf.count, leaf.element_size()); }
 
 // The row of a tensor that was measured before and is as it was; else null.
 const Row* seen_before(const Table* table, const Leaf& leaf) {
@@ -77,7 +79,7 @@ const Row* seen_before(const Table* table, const Leaf& leaf) {
     int64_t version;
     const bool same = PyWeakref_GetObject(seen.tensor.get()) == leaf.tensor.get() &&
                       integer(Ref(PyObject_GetAttr(leaf.tensor.get(), names.version)), version) &&
-                      version == seen.version && leaf.address == seen.address && leaf.count == seen.count &&
+                      version == seen.version && leaf.seen.data == seen.address && leaf.count == seen.count &&
                       look_at(leaf) == seen.fingerprint;
     PyErr_Clear();
     return same ? &table->rows[seen.row] : nullptr;
@@ -90,20 +92,9 @@ void remember(Table* table, const Leaf& leaf, size_t row) {
     if (called(tensor, names.is_inference).get() == Py_False &&
         integer(Ref(PyObject_GetAttr(tensor, names.version)), version)) {
         Ref weak(PyWeakref_NewRef(tensor, nullptr));
-        if (weak) table->seen[tensor] = Seen{std::move(weak), version, look_at(leaf), leaf.address, leaf.count, row};
+        if (weak) table->seen[tensor] = Seen{std::move(weak), version, look_at(leaf), leaf.seen.data, leaf.count, row};
     }
     PyErr_Clear();
-}
-
-bool read_strided(const Leaf& leaf, Row* row) {
-    const Ref stride = called(leaf.tensor.get(), names.stride);
-    if (!stride || !PyTuple_Check(stride.get())) return false;
-    std::vector<int64_t> strides;
-    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(stride.get()); at++)
-        strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), at)));
-    if (strides.size() != leaf.part->shape.size() || PyErr_Occurred()) return false;
-    strided(leaf.address, strides.size(), leaf.part->shape.data(), strides.data(), leaf.part->code, row);
-    return true;
 }
 
 bool read(Table* table, const Leaf& leaf, Row* row) {
@@ -113,19 +104,20 @@ bool read(Table* table, const Leaf& leaf, Row* row) {
         *row = *known;
         return true;
     }
-    if (!leaf.contiguous) return read_strided(leaf, row);
-    dense(leaf.address, leaf.count, leaf.part->code, row);
+    if (leaf.contiguous)
+        dense(leaf.seen.data, leaf.count, leaf.part->code, row);
+    else
+        strided(leaf.seen.data, leaf.seen.dims, leaf.seen.shape, leaf.seen.strides, leaf.part->code, row);
     return true;
 }
 
-// Whether the GPU's current stream is the one that writes the rows, and computes now.
-bool gpu_ready(const GpuRows& gpu) {
-    int64_t device, stream;
-    if (gpu.device < 0 || !integer(Ref(PyObject_CallNoArgs(current_device)), device) || device != gpu.device)
-        return false;
-    const Ref index(PyLong_FromLongLong(gpu.device));
-    return index && integer(Ref(PyObject_CallOneArg(current_stream, index.get())), stream) && stream == gpu.stream &&
-           Ref(PyObject_CallNoArgs(is_capturing)).get() == Py_False;
+// Whether the current stream of the device that these tensors lie on is the one that writes the rows, and computes now.
+bool gpu_ready(const GpuRows& gpu, const DLDevice& of_tensors) {
+    int64_t device;
+    void* stream;
+    return gpu.room && of_tensors.id == gpu.device && integer(Ref(PyObject_CallNoArgs(current_device)), device) &&
+           device == gpu.device && !exchange->current_stream(of_tensors.type, of_tensors.id, &stream) &&
+           stream == gpu.stream && Ref(PyObject_CallNoArgs(is_capturing)).get() == Py_False;
 }
 
 // Has the GPU measure a tensor, behind all that it was told to do before: triton_kernels.measure_one.
@@ -135,7 +127,7 @@ bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     if (gpu.used + how.parts + 1 > gpu.room) return false;
     header = gpu.used;
     gpu.used += how.parts + 1;
-    void* tensor = leaf.address;
+    void* tensor = leaf.seen.data;
     int64_t numbers[] = {leaf.count,     how.each,       how.parts,      header,         0,             how.layout[0],
                          how.layout[1], how.layout[2], how.layout[3], how.layout[4], how.layout[5], how.layout[6]};
     int64_t meaning = how.meaning, rows = gpu.address, null = 0;
@@ -145,7 +137,7 @@ bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     for (int64_t& number : numbers) parameters.push_back(&number);
     for (int64_t at = 0; at < how.nulls; at++) parameters.push_back(&null);
     return !cu_launch_kernel(reinterpret_cast<void*>(how.function), how.parts, 1, 1, how.threads, 1, 1, how.shared,
-                             reinterpret_cast<void*>(gpu.stream), parameters.data(), nullptr);
+                             gpu.stream, parameters.data(), nullptr);
 }
 
 // Measures the tensors in `values` if they are like those that `likeness` is of: see likeness.Likeness.
@@ -159,7 +151,7 @@ bool measure(Table* table, PyObject* likeness, PyObject* values) {
     std::vector<int64_t> headers;
     for (const Leaf& leaf : match.leaves) {
         if (leaf.part->kind == ON_GPU) {
-            if (headers.empty() && !gpu_ready(table->gpu)) return false;
+            if (headers.empty() && !gpu_ready(table->gpu, leaf.seen.device)) return false;
             headers.push_back(0);
             if (!launch(table, leaf, headers.back())) return false;
         } else {
