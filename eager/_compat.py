@@ -90,6 +90,12 @@ def replace_compiled_call(module: torch.nn.Module, call: Any) -> None:
     module._compiled_call_impl = call
 
 
+def kwargs_of_call() -> dict[str, Any]:
+    """What the module call that is running the hook that asks was given by name: a variable of torch's."""
+    given: dict[str, Any] = sys._getframe(2).f_locals["kwargs"]
+    return given
+
+
 def sequence_number() -> int:
     """The number that the next autograd node of this thread will bear; later nodes bear larger ones."""
     number: int = torch._C._autograd._get_sequence_nr()
@@ -156,6 +162,11 @@ def leave_frames_to_python(function: Any) -> None:
     """Have dynamo compile no frame of `function` on its own. What it inlines, and what the function calls, it compiles
     as ever."""
     _skip(function, with_what_it_calls=False)
+
+
+def leave_calls_to_python(function: Any) -> None:
+    """Have dynamo compile no frame of `function`, nor of anything that it calls."""
+    _skip(function, with_what_it_calls=True)
 
 
 def _skip(function: Any, with_what_it_calls: bool) -> None:

@@ -15,10 +15,10 @@ from .modules import ModuleTap
 
 
 @torch.compiler.substitute_in_graph(ModuleTap.enter)
-def enter(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any) -> None:
+def enter(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any = None) -> None:
     return None
 
 
 @torch.compiler.substitute_in_graph(ModuleTap.leave)
-def leave(self: ModuleTap, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def leave(self: ModuleTap, module: nn.Module, args: Any, output: Any) -> None:
     return None

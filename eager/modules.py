@@ -14,7 +14,7 @@ from msprobe_graph.dump.names import module_call, module_prefix
 from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.likeness import EarlierCall, Likeness
 
-from ._compat import unseen
+from ._compat import kwargs_of_call, unseen
 from .backward import Backward
 from .context import Context, ModuleCall, here, spread
 
@@ -32,11 +32,14 @@ class ModuleTap:
         self._earlier: defaultdict[int, list[EarlierCall]] = defaultdict(list)
         """By a call's number, the one seen last in front."""
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """A forward pre-hook. Torch leaves out the keyword arguments where a hook before this one had dynamo compile
+        something, for which ours were taken away, and what torch knows of them."""
         context = self._context
         if not context.on:
             return
+        if kwargs is None:
+            kwargs = kwargs_of_call()
         stack, table, known = context.running.stack, context.recorder.table, self._earlier
         if known and table is not None:
             earlier = table.begin(context.numbering.calls, None, stack, self.prefix, known, (args, kwargs))
@@ -56,7 +59,7 @@ class ModuleTap:
         if context.module_begins is not None:
             call.end = context.module_begins()
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook, called when the forward raised too."""
         context = self._context
         stack = context.running.stack
@@ -201,4 +204,4 @@ class ModuleHooks:
 
     def _hook(self, module: nn.Module, tap: ModuleTap) -> None:
         self._handles.append(module.register_forward_pre_hook(tap.enter, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(tap.leave, prepend=True, with_kwargs=True, always_call=True))
+        self._handles.append(module.register_forward_hook(tap.leave, prepend=True, always_call=True))

@@ -20,7 +20,9 @@ from types import FunctionType
 
 from torch import nn
 
-from ._compat import around_compilations, leave_frames_to_python, leave_to_python
+from msprobe_graph.dump.boundary import Boundary
+
+from ._compat import around_compilations, leave_calls_to_python, leave_frames_to_python, leave_to_python
 from .modules import ModuleHooks
 
 TRACED = "in_trace"
@@ -57,3 +59,4 @@ def _leave_hooks_to_python() -> None:
     files = (module.name for module in iter_modules([str(Path(__file__).parent)]))
     leave_to_python("msprobe_graph.config", "msprobe_graph.dump", "msprobe_graph.taps")
     leave_to_python(*(f"{package}.{name}" for name in files if name != TRACED))
+    leave_calls_to_python(Boundary.attempt)  # taps call what isn't ours, too

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from msprobe_graph import msprobe_backend
+from msprobe_graph.dump.reader import StepDump
 
 from ..capturing import Capture, holes
 from .conftest import EAGER, Both, Net, differences
@@ -54,6 +57,27 @@ def test_a_compiled_part_of_an_eager_model(capture: Capture) -> None:
     eager = capture(model, lambda: model(x))
     model.layers[1] = torch.compile(model.layers[1], backend=msprobe_backend, options=EAGER)
     assert differences(eager, capture(model, lambda: model(x))) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_of_the_programs_compiles_something(capture: Capture, when: str) -> None:
+    """Ours are out of dynamo's way meanwhile, but torch goes on to call those that it has found."""
+    model, x = Net().eval().requires_grad_(False), torch.randn(2, 8)
+    watched = model.layers[0]  # called with keywords
+
+    def captured(function: Any) -> StepDump:
+        def hook(*_: Any) -> None:
+            function(x)
+
+        register = watched.register_forward_pre_hook if when == "before" else register_module_forward_hook
+        handle = register(hook)
+        try:
+            return capture(model, lambda: model(x), level="L0")
+        finally:
+            handle.remove()
+
+    expected = captured(len)
+    assert differences(expected, captured(torch.compile(lambda x: len(x * 2), backend="eager"))) == []
 
 
 def test_two_models_in_a_process(capture: Capture) -> None:

@@ -22,7 +22,7 @@ from msprobe_graph.config import watch
 from msprobe_graph.dump.reader import DumpError, StepDump
 from msprobe_graph.graph.generated import generated_code
 
-from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, until, worker
+from .engines import LONG, PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, until, worker
 from .planted import SITE, set_weight
 
 pytestmark = pytest.mark.vllm
@@ -213,11 +213,11 @@ def test_two_compiled_workers_of_their_own(
     content = {"level": "L0", "dump_path": str(dump), "keep_last": 3, "statistics": {"request_id": "cmpl-mine"}}
     config.write_text(json.dumps({**content, "flush_on": ["nan", "request", "signal", "rpc"]}))
     options = ["--additional-config", json.dumps({"dump_config_path": str(config)}), "--tensor-parallel-size", "2"]
-    options += ["--worker-extension-cls", "planted.Planted"]
+    options += ["--worker-extension-cls", "planted.Planted", "--max-model-len", "512"]
     variables = {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
     server = Server(tiny_model, tmp_path / "log", *options, eager=False, **variables)
     answers: list[list[int]] = []
-    long = threading.Thread(target=lambda: answers.append(server.complete(PROMPTS[0], 200, "mine")))
+    long = threading.Thread(target=lambda: answers.append(server.complete(PROMPTS[0], LONG, "mine")))
 
     def go_on() -> None:
         """Until the ring has been filled anew."""
@@ -241,10 +241,10 @@ def test_two_compiled_workers_of_their_own(
         go_on()
         server.rpc("plant_nan")
         long.join()
-        until(lambda: all(max(numbers) == first + 199 for numbers in by_rank(dump)), 10)
+        until(lambda: all(max(numbers) == first + LONG - 1 for numbers in by_rank(dump)), 10)
     finally:
         server.kill()
-    assert [len(answer) for answer in answers] == [200]
+    assert [len(answer) for answer in answers] == [LONG]
     for found in by_rank(dump):
         assert all(list(step.data) == eager_names for step in found.values())
         assert {step.manifest["mode"] for step in found.values() if step.manifest} == {"graph"}

@@ -13,12 +13,9 @@ import pytest
 
 from msprobe_graph.config import watch
 
-from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, until, worker
+from .engines import LONG, PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, until, worker
 
 pytestmark = pytest.mark.vllm
-
-LONG = 480
-"""Tokens that take the server longer to make than it takes to stop capture meanwhile."""
 
 
 @pytest.fixture(scope="module")
