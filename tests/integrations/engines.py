@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # nothing of ours is imported here: a test looks at what a vL
 
 PROMPTS = ["Explain gravity in one sentence.", "The quick", "Intermediate tensors are captured"]
 TOKENS = [2, 5, 5]  # of which the first request ends early: the batch is then laid out in another order than scheduled
-LONG = 480
-"""Tokens that take a server longer to make than it takes to tell it a few things meanwhile."""
+LONG = 200
+"""Tokens that take a server that rests in its steps longer to make than it takes to tell it a few things meanwhile."""
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 2**20}
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -1,8 +1,9 @@
-"""What the tests of keep_last have vLLM's workers do: --worker-extension-cls planted.Planted."""
+"""What tests have vLLM's workers do: --worker-extension-cls planted.Planted."""
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -27,3 +28,13 @@ class Planted:
 
     def process(self) -> int:
         return os.getpid()
+
+    def rest_in_steps(self: Any) -> None:
+        """From now on, so that the server has time for other calls, too, while a request is running."""
+        execute = self.execute_model
+
+        def resting(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.04)
+            return execute(*args, **kwargs)
+
+        self.execute_model = resting

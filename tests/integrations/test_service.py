@@ -213,7 +213,7 @@ def test_two_compiled_workers_of_their_own(
     content = {"level": "L0", "dump_path": str(dump), "keep_last": 3, "statistics": {"request_id": "cmpl-mine"}}
     config.write_text(json.dumps({**content, "flush_on": ["nan", "request", "signal", "rpc"]}))
     options = ["--additional-config", json.dumps({"dump_config_path": str(config)}), "--tensor-parallel-size", "2"]
-    options += ["--worker-extension-cls", "planted.Planted", "--max-model-len", "512"]
+    options += ["--worker-extension-cls", "planted.Planted"]
     variables = {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
     server = Server(tiny_model, tmp_path / "log", *options, eager=False, **variables)
     answers: list[list[int]] = []
@@ -232,6 +232,7 @@ def test_two_compiled_workers_of_their_own(
             first += count
             until(lambda: all(max(numbers, default=-1) == first - 1 for numbers in by_rank(dump)), 10)  # noqa: B023
         assert [list(numbers) for numbers in by_rank(dump)] == [[0, 1, 4, 5, 6, 9, 10, 11]] * 2
+        server.rpc("rest_in_steps")
         long.start()
         go_on()
         for process in server.rpc("process"):

@@ -128,13 +128,15 @@ def test_while_a_server_answers(tiny_model: Path, tmp_path: Path, untouched: dic
     config, dump = tmp_path / "config.json", tmp_path / "dump"
     enable(config, True, dump)
     additional = json.dumps({"dump_config_path": str(config)})
-    options = ["--additional-config", additional, "--max-model-len", "512"]
-    server = Server(tiny_model, tmp_path / "log", *options, VLLM_SERVER_DEV_MODE="1")
+    options = ["--additional-config", additional, "--worker-extension-cls", "planted.Planted"]
+    variables = {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
+    server = Server(tiny_model, tmp_path / "log", *options, **variables)
     try:
         assert server.wait(), server.log.read_text()[-3000:]
         assert [server.complete(*each, "off-none") for each in zip(PROMPTS, TOKENS, strict=True)] == untouched["tokens"]
         long: list[list[int]] = []
         asking = threading.Thread(target=lambda: long.append(server.complete(PROMPTS[0], LONG, "long")))
+        server.rpc("rest_in_steps")
         asking.start()
         until(lambda: count(dump, "cmpl-long-0") > 5)
         (stopped,) = server.rpc("msprobe_stop")
