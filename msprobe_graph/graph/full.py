@@ -16,7 +16,7 @@ from msprobe_graph.dump.boundary import Boundary
 from .exact import chained_uuid
 from .pins import is_pinned, pin, pinned
 from .stamps import Wanted, gradient_flow, spare
-from .tap_op import KEEP, TAP
+from .tap_op import KEEP, NOTE, TAP
 
 MOST_VALUES = 16
 """In one tap."""
@@ -111,7 +111,7 @@ class FullPass(_AtenPass):
             tap.meta["val"], note = None, ""
         if note:
             with graph.inserting_before(graph.output_node()):
-                graph.call_function(TAP, ([], [], note)).meta["val"] = None
+                graph.call_function(NOTE, (note,)).meta["val"] = None
 
 
 def _runs(graph: fx.Graph, behind: Collection[fx.Node]) -> Iterator[list[fx.Node]]:

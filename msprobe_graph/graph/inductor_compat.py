@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
-from .tap_op import KEEP, TAP, hold, tap, tap_standing
+from .tap_op import KEEP, NOTE, TAP, hold, tap, tap_standing
 
 # torch 2.11 takes any callable; its caches tell our passes by post_grad_custom_post_pass alone.
 SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
@@ -57,6 +57,13 @@ def check() -> None:
 def _keep() -> None:
     """GraphLowering is an fx.Interpreter that forgets what each node became after its last use: not this time."""
     V.graph.garbage_collect_values = False
+
+
+@lowering.register_lowering(NOTE, type_promotion_kind=None)
+def _note(note: str) -> None:
+    """On a device, which an operator without tensors has not. Else the CPU's code generator would not end the function
+    that it packs nodes into, and free what this function reads before it is called."""
+    ir.FallbackKernel(ir.NoneLayout(device=torch.device("cpu")), NOTE, [], [note], lambda _, constants: (constants, {}))
 
 
 def running_graph() -> tuple[fx.Graph, GraphKind] | None:

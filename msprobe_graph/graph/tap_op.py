@@ -52,6 +52,7 @@ invocations = Invocations()
 # sixteen values), this is 5 us (20 us).
 _library = torch.library.Library("msprobe_graph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("tap(Tensor[] values, int[] ids, str note) -> ()")  # type: ignore[no-untyped-call]
+_library.define("note(str note) -> ()")  # type: ignore[no-untyped-call]
 _library.define("keep() -> ()")  # type: ignore[no-untyped-call]
 
 
@@ -74,6 +75,10 @@ def hold(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
     Its other arguments are those of a tap, and empty."""
 
 
+def _note(note: str) -> None:
+    tap([], [], note)
+
+
 def _nothing(*_: object) -> None:
     pass
 
@@ -81,11 +86,15 @@ def _nothing(*_: object) -> None:
 _library.impl("tap", tap, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("tap", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 _library.impl("tap", _nothing, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("note", _note, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("note", _nothing, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("keep", _nothing, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 TAP: torch._ops.OpOverload = torch.ops.msprobe_graph.tap.default
+NOTE: torch._ops.OpOverload = torch.ops.msprobe_graph.note.default
+"""A tap of no values. Inductor has to be told where it is: see inductor_compat."""
 KEEP: torch._ops.OpOverload = torch.ops.msprobe_graph.keep.default
 """A mark at the start of a graph, without code: while Inductor lowers it, everything lowered is kept findable."""
 
-for _operator in (TAP, KEEP):
+for _operator in (TAP, NOTE, KEEP):
     torch.fx.node.has_side_effect(_operator)

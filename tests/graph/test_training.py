@@ -14,7 +14,7 @@ from msprobe_graph import msprobe_backend
 from msprobe_graph.dump.reader import StepDump
 from msprobe_graph.graph.naming import IN_BODY
 
-from ..capturing import Capture, holes
+from ..capturing import Apply, Capture, holes
 from .conftest import Both, Net, differences
 
 
@@ -46,6 +46,19 @@ def test_gradients_of_the_model_are_bit_equal(capture: Capture, inner: str) -> N
     capture(compiled, lambda: train(model, x)(compiled))
     assert all(map(torch.equal, gradients(model), expected))
     assert len(expected) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "full"])
+def test_a_graph_that_computes_no_value_to_tap_runs(both: Both, fidelity: str) -> None:
+    """All that its forward part consists of is its output; the gradients are wanted."""
+    x = torch.randn(4, 8)
+    model = Apply(lambda x, y: x + y)
+    options = {"fidelity": fidelity}
+    eager, compiled = both(model, lambda run: run(x, x.clone().requires_grad_()).sum().backward(), options, level="mix")
+    assert {name: entry["output"] for name, entry in of(compiled, ".forward").items()} == {
+        name: entry["output"] for name, entry in of(eager, ".forward").items()
+    }
+    assert of(eager, ".backward").keys() - compiled.data.keys() <= holes(compiled).keys()
 
 
 @pytest.mark.parametrize("level", ["L0", "L1", "mix"])
