@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FORMS = 4
+FORMS = 16
 """Of a call as many forms are kept: what a model is given in decode steps and prefill steps, say, takes turns."""
 MAX_DEPTH = 10
 """Arguments nested deeper than this are recorded by their type only."""
