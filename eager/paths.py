@@ -42,6 +42,10 @@ class Paths:
         """The module of that qualified name."""
         return None if path is None else self._modules.get(path)
 
+    def lacks(self, path: str | None) -> bool:
+        """Whether no module of that qualified name is watched, though others are."""
+        return bool(self._modules) and path not in self._modules
+
     def first(self, path: str) -> str:
         """The path that a module's entries bear, for one of its paths."""
         return self._first.get(path, path)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._dynamo.backends import registry
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import InvalidBackend, TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch._dynamo.symbolic_convert import tls
 from torch.autograd.graph import Node
 from torch.nn.modules import module
 
@@ -71,6 +72,17 @@ def module_calls() -> list[nn.Module]:
             found.append(frame.f_locals["self"])
         frame = frame.f_back
     return found
+
+
+def traced_module() -> nn.Module | None:
+    """The module of which dynamo is tracing a method in a frame of its own, its forward or another; None for a function.
+    Around the forward of torch's own containers dynamo has put a function of its own, which gets that method."""
+    tracing = getattr(tls, "current_tx", None)
+    variables = {} if tracing is None else tracing.f_locals
+    for found in (variables.get("self"), getattr(variables.get("fn"), "__self__", None)):
+        if isinstance(found, nn.Module):
+            return found
+    return None
 
 
 def hook_all_modules(begin: Callable[..., None], end: Callable[..., None]) -> Callable[[], None]:

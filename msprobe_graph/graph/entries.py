@@ -165,12 +165,12 @@ class Entries:
 
     def _complete(self, entry: Entry, call: Call, named: Named) -> None:
         """What a forward entry holds beside its values."""
-        context, inside = self._context, self._context.running.top
+        context, running, inside = self._context, self._context.running.top, self._calls.inside(call)
         entry.module, entry.number = named.module, named.within
-        if call.inside is not None:
-            entry.parent = self.named[call.inside].entry("module", "forward")
-        elif inside is not None:
-            entry.parent = inside.name
+        if inside is not None:
+            entry.parent = self.named[inside].entry("module", "forward")
+        elif running is not None:
+            entry.parent = running.name
         if call.kind == "api":
             entry.stack = call.stack if context.stacks is not None else None
             return

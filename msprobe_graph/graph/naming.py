@@ -49,7 +49,7 @@ def plan_of(
 
     marks: its module calls; () where they are not wanted, None where they could not be had.
     operators: names the torch calls, of which those are left out whose name `wants_api` does not want.
-    frame_module: the module whose forward dynamo has traced, None for another function.
+    frame_module: the module whose forward, or other method, dynamo has traced; None for a function.
     """
     return _Naming(graph, operators, wants_api, frame_module).plan(marks)
 

@@ -84,6 +84,18 @@ class NumberedCalls:
         bases = (base for base, views in self._plan.reshaped.items() if not self.files.keys().isdisjoint(views))
         return {*self.files, *bases}
 
+    def inside(self, call: Call) -> int | None:
+        """The call in the plan of the module in which this one is made."""
+        inside = call.inside
+        while inside is not None and not self._stands_in_a_model(self._plan.calls[inside]):
+            inside = self._plan.calls[inside].inside
+        return inside
+
+    def _stands_in_a_model(self, call: Call) -> bool:
+        """Whether a module is part of what is watched: not one that a global variable holds, say, on which eager capture
+        has no hook."""
+        return not self._names.paths.lacks(self._path(call.place))
+
     def forward_parts(self, call: Call) -> list[EntryPart]:
         selection = self._names.selection
         if not selection.forward:
@@ -120,13 +132,16 @@ class NumberedCalls:
                 name = module_call(prefix, "forward", number)
                 selection.enter(name)
                 running.append((call.end, name))
-                wanted = modules and selection.wants_module(name)
+                wanted = modules and selection.wants_module(name) and self._stands_in_a_model(call)
             else:
                 name = api_entry(prefix, number, "forward")
                 wanted = apis and selection.may_want_api(prefix) and selection.wants_api(name)
             module = self._path(call.place)
             within = number
             if call.kind == "api":
+                if names.paths.lacks(module):
+                    inside = self.inside(call)
+                    module = None if inside is None else self._path(self._plan.calls[inside].place)
                 module = names.running.top.path if module is None and names.running.top else module
                 within = names.numbering.within(prefix, module) if wanted else 0
             named.append(Named(prefix, number, wanted, module, within))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 _MEMBER = re.compile(r"\._modules\['([^']+)'\]|\._(?:parameters|buffers)\['([^']+)'\]|\.(\w+)|\['([^']+)'\]")
 FRAME_MODULE = ("L['self']", "L['fn']")
-"""Where a frame has the module whose forward it is: in the latter if dynamo has put a function of its own around it, as
+"""Where a frame has the module whose method it is: in the latter if dynamo has put a function of its own around it, as
 around the forward of torch's own containers."""
 _ROOT = re.compile(r"[A-Z]\['[^']+'\]")
 

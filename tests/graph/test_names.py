@@ -158,6 +158,42 @@ class Beside(nn.Module):
         return torch.tanh(self.project(torch.sin(x))) @ self.fc.weight
 
 
+GLOBAL = nn.GELU()
+
+
+def test_modules_of_no_model_are_functions_alone(both: Both) -> None:
+    """Eager capture has no hooks on them: a module in a global variable, and one that a function has enclosed."""
+    enclosed = nn.Sequential(nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), Apply(lambda x: GLOBAL(x) + 1), Apply(lambda x: enclosed(x)))
+    eager, compiled = both(model.eval(), lambda run: run(ones(2, 8)))
+    assert differences(eager, compiled) == []
+
+
+def test_modules_that_a_method_of_another_module_calls(both: Both) -> None:
+    """Behind a graph break the method is a frame of its own, and its self is not the module that is running."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def mapped(self, x: Tensor) -> Tensor:
+            x = self.up(x)
+            torch._dynamo.graph_break()
+            return self.down(x)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.down = Experts(), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.experts.mapped(x))
+
+    eager, compiled = both(nn.Sequential(Layer(), Layer()).eval(), lambda run: run(torch.ones(2, 8)))
+    assert differences(eager, compiled) == []
+
+
 def test_functions_beside_modules(both: Both) -> None:
     model = nn.Sequential(Beside(), nn.ReLU(), Beside())
     eager, compiled = both(model, lambda run: run(ones(2, 4)))
