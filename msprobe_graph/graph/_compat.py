@@ -75,7 +75,7 @@ def module_calls() -> list[nn.Module]:
 
 
 def traced_module() -> nn.Module | None:
-    """The module of which dynamo is tracing a method in a frame of its own, its forward or another; None for a function.
+    """The module of which dynamo is tracing a method in a frame of its own, forward or another; None for a function.
     Around the forward of torch's own containers dynamo has put a function of its own, which gets that method."""
     tracing = getattr(tls, "current_tx", None)
     variables = {} if tracing is None else tracing.f_locals

@@ -92,8 +92,8 @@ class NumberedCalls:
         return inside
 
     def _stands_in_a_model(self, call: Call) -> bool:
-        """Whether a module is part of what is watched: not one that a global variable holds, say, on which eager capture
-        has no hook."""
+        """Whether a module is part of what is watched: not one that a global variable holds, say, on which eager
+        capture has no hook."""
         return not self._names.paths.lacks(self._path(call.place))
 
     def forward_parts(self, call: Call) -> list[EntryPart]:
