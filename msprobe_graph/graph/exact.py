@@ -15,6 +15,7 @@ from msprobe_graph.dump.boundary import Boundary
 
 from . import inductor_compat as inductor
 from .inductor_compat import SchedulerPass, Tap
+from .inductor_views import Hole
 from .pins import pinned
 from .placement import places, standing
 from .stamps import Found, Wanted, spare
@@ -102,7 +103,7 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         tapped: dict[int, inductor.Buffered] = {}
         for id, place in found.items():
             buffered = schedule.locate(*place)
-            if isinstance(buffered, inductor.Hole):
+            if isinstance(buffered, Hole):
                 missing[id] = buffered.reason
             else:
                 tapped[id] = buffered
@@ -147,5 +148,6 @@ def chained_uuid(digest: str, *chained: Any) -> Any | None:
 
 def _sources() -> str:
     here = Path(__file__).parent
-    names = ("exact.py", "full.py", "inductor_compat.py", "pins.py", "placement.py", "stamps.py", "tap_op.py")
+    inductors = ("inductor_compat.py", "inductor_storages.py", "inductor_views.py")
+    names = ("exact.py", "full.py", *inductors, "pins.py", "placement.py", "stamps.py", "tap_op.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

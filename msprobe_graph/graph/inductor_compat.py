@@ -1,4 +1,4 @@
-"""Private Inductor that the exact pass needs, in one place. Tested with torch 2.13.
+"""The running scheduler, as the exact pass sees it and puts its taps in. Private Inductor, tested with torch 2.13.
 
 What follows from how Inductor works, and not from its interfaces, is told where it is used.
 """
@@ -6,16 +6,17 @@ What follows from how Inductor works, and not from its interfaces, is told where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
-from torch._inductor import custom_graph_pass, dependencies, ir, lowering, scheduler
-from torch._inductor.utils import sympy_dot
+from torch._inductor import custom_graph_pass, ir, lowering, scheduler
 from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
+from .inductor_storages import Storages
+from .inductor_views import Hole, strided
 from .tap_op import KEEP, NOTE, TAP, hold, tap, tap_standing
 
 # torch 2.11 takes any callable; its caches tell our passes by post_grad_custom_post_pass alone.
@@ -88,12 +89,6 @@ def before_last_usage(insert: Callable[[Schedule], None]) -> None:
     running.compute_last_usage = compute_last_usage  # type: ignore[method-assign]
 
 
-class Hole(NamedTuple):
-    """Why a value can't be tapped; a key of exact.REASONS."""
-
-    reason: str
-
-
 class Buffered(NamedTuple):
     """A value in memory that the compiled program puts there anyway."""
 
@@ -121,6 +116,15 @@ class Tap(NamedTuple):
     """The place up to which its values are standing; None where they are not."""
 
 
+_UNINITIALISED = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+)
+
+
 class Schedule:
     """The running scheduler's nodes in the order in which code is generated for them. A *place* is an index of them: a
     tap at place k comes right before node k, or at the end."""
@@ -129,7 +133,7 @@ class Schedule:
         self._scheduler = running
         self.nodes = list(running.nodes)
         self._owner = {part.get_name(): at for at, node in enumerate(self.nodes) for part in node.get_nodes()}
-        self._storage = _Storages(self.nodes)
+        self._storage = Storages(self.nodes)
         self._order = {node: at for at, node in enumerate(V.graph.graph.nodes)}
         self._rewritten = {
             argument
@@ -154,7 +158,7 @@ class Schedule:
         box = V.graph.env.get(node)
         if not isinstance(box, ir.TensorBox):
             return Hole("not_strided")
-        view = _strided(box)
+        view = strided(box)
         if isinstance(view, Hole):
             view = next(self._handed_over(node, box), view)
         if isinstance(view, Hole):
@@ -307,118 +311,3 @@ class Schedule:
         running.name_to_node[name] = running.name_to_fused_node[name] = node
         running.name_to_buf.update((buffer.get_name(), buffer) for buffer in node.get_outputs())
         return node
-
-
-_UNINITIALISED = (
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_empty_strided.default,
-)
-
-
-class _Storages:
-    """Which buffers share memory, and which scheduler nodes write into it after it was made."""
-
-    def __init__(self, nodes: Sequence[scheduler.BaseSchedulerNode]) -> None:
-        self._sets: dict[str, set[str]] = {}
-        self._writes: list[tuple[int, str, fx.Node | None]] = []
-        for at, node in enumerate(nodes):
-            for buffer in node.get_outputs():
-                layout = buffer.node.layout
-                aliases = list(buffer.get_aliases())
-                if isinstance(layout, ir.NoneLayout) and len(aliases) > 1:
-                    aliases = []  # an operator that writes several arguments: they don't share memory with each other
-                if isinstance(layout, ir.NonOwningLayout):
-                    aliases.append(layout.view.get_name())
-                mutations = list(buffer.get_mutations())
-                for other in [*aliases, *mutations]:
-                    self._join(buffer.get_name(), other)
-                for name in mutations:
-                    self._writes.append((at, name, _origin(buffer.node)))
-
-    def _join(self, one: str, other: str) -> None:
-        joined = self.of(one) | self.of(other)
-        for name in joined:
-            self._sets[name] = joined
-
-    def of(self, name: str) -> set[str]:
-        return self._sets.get(name, {name})
-
-    def mutations(self, names: set[str]) -> list[tuple[int, fx.Node | None]]:
-        """Index of the scheduler node that writes, and the FX node that it stands for, if known."""
-        return [(at, origin) for at, name, origin in self._writes if name in names]
-
-
-def _origin(buffer: ir.Buffer) -> fx.Node | None:
-    """The FX node that a buffer written in place stands for."""
-    operation: Any = getattr(buffer, "mutating_node", buffer)
-    found = getattr(operation, "fx_node", None) or operation.get_origin_node()
-    if found is None:
-        origins = [origin for origin in operation.get_origins() if isinstance(origin, fx.Node)]
-        order = {node: at for at, node in enumerate(V.graph.graph.nodes)}
-        found = max((origin for origin in origins if origin in order), key=order.__getitem__, default=None)
-    return found if isinstance(found, fx.Node) else None
-
-
-def _strided(box: ir.TensorBox) -> ir.IRNode | Hole:
-    """What was lowered for an FX node as a buffer or a strided view of one. Nothing is computed or copied for it."""
-    base: Any = box
-    while isinstance(base, (ir.MutableBox, ir.BaseView)):
-        base = base.data
-    if not isinstance(base, ir.Buffer):
-        return Hole("fused" if isinstance(base, ir.Loops) else "constant")
-    if isinstance(base.layout, (ir.NoneLayout, ir.MultiOutputLayout)):
-        return Hole("not_strided")
-    view: Any = box
-    while isinstance(view, ir.MutableBox):
-        view = view.data
-    if isinstance(view, ir.Buffer):
-        layout = view.layout
-        if isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
-            return Hole("overwritten")
-        return view
-    if isinstance(view, ir.ReinterpretView):
-        return view
-    if not _is_indexed(view) or isinstance(base.layout, ir.MutationLayoutSHOULDREMOVE):
-        return Hole("not_strided")
-    return _reinterpreted(view)
-
-
-def _is_indexed(view: Any) -> TypeGuard[ir.BaseView]:
-    """Whether Inductor knows where the elements of a view lie: of one in another dtype it doesn't say."""
-    if isinstance(view, ir.MutableBox):
-        return _is_indexed(view.data)
-    if isinstance(view, (ir.Buffer, ir.ReinterpretView)):
-        return True
-    return type(view).make_reindexer is not ir.BaseView.make_reindexer and _is_indexed(view.data)
-
-
-def _reinterpreted(view: ir.BaseView) -> ir.ReinterpretView | Hole:
-    """ir.ExternKernel.convert_to_reinterpret_view, without its say in the layout of the buffer: that is settled."""
-    index_args, ranges = dependencies.index_vars_squeeze(view.get_size(), prefix="r")
-    variables = index_args[0]
-    index = V.graph.sizevars.simplify_with_ranges(view.make_indexer()(variables), ranges)
-    strides = V.graph.sizevars.stride_vars(index, variables)
-    offset = V.graph.sizevars.offset_var(index, variables)
-    if index != sympy_dot(variables, strides) + offset:
-        return Hole("not_strided")
-    return ir.ReinterpretView(
-        data=_storage_box(view),
-        layout=ir.FixedLayout(
-            device=view.get_device_or_error(),
-            dtype=view.get_dtype(),
-            size=view.get_size(),
-            stride=strides,
-            offset=offset,
-        ),
-    )
-
-
-def _storage_box(view: ir.BaseView) -> ir.IRNode:
-    data: Any = view.data
-    while isinstance(data, (ir.BaseView, ir.TensorBox)):
-        data = data.data
-    assert isinstance(data, ir.IRNode)
-    return data

@@ -67,8 +67,9 @@ class NumberedCalls:
         self._plan = plan
         self._names = names
         self.prefixes = prefixes(plan, names, inputs)
-        self.named = self._number_calls()
+        self.named: list[Named] = []
         """The calls of the plan, in its order."""
+        self._number_calls()
         self.files = self._find_files()
         """By id of a value: the starts of the names of the files it is to be saved in, None for where it is not. Values
         that are saved nowhere are left out."""
@@ -87,14 +88,9 @@ class NumberedCalls:
     def inside(self, call: Call) -> int | None:
         """The call in the plan of the module in which this one is made."""
         inside = call.inside
-        while inside is not None and not self._stands_in_a_model(self._plan.calls[inside]):
+        while inside is not None and self._names.paths.lacks(self.named[inside].module):
             inside = self._plan.calls[inside].inside
         return inside
-
-    def _stands_in_a_model(self, call: Call) -> bool:
-        """Whether a module is part of what is watched: not one that a global variable holds, say, on which eager
-        capture has no hook."""
-        return not self._names.paths.lacks(self._path(call.place))
 
     def forward_parts(self, call: Call) -> list[EntryPart]:
         selection = self._names.selection
@@ -116,41 +112,36 @@ class NumberedCalls:
             parts.append(("output", "output", call.gives if any(call.gives) else []))
         return parts
 
-    def _number_calls(self) -> list[Named]:
+    def _number_calls(self) -> None:
         """Give every call its number, and ask whether it is wanted, in the order of the program."""
         names, selection = self._names, self._names.selection
         modules, apis = names.level in ("L0", "mix"), names.level in ("L1", "mix")
-        named: list[Named] = []
         running: list[tuple[int, str]] = []
         for call in self._plan.calls:
             while running and running[-1][0] < call.begin:
                 selection.leave(running.pop()[1])
-            prefix = self._prefix(call)
-            number = names.numbering.next(prefix)
+            module = self._path(call.place)
+            # What a global variable holds, say, is part of no model, and eager capture has no hook on it.
+            lacking = names.paths.lacks(module)
+            prefix = call.name if call.kind == "api" else module_prefix(module or "", call.name)
+            number = within = names.numbering.next(prefix)
             names.numbering.advance(prefix)
             if call.kind == "module":
                 name = module_call(prefix, "forward", number)
                 selection.enter(name)
                 running.append((call.end, name))
-                wanted = modules and selection.wants_module(name) and self._stands_in_a_model(call)
+                wanted = modules and selection.wants_module(name) and not lacking
             else:
                 name = api_entry(prefix, number, "forward")
                 wanted = apis and selection.may_want_api(prefix) and selection.wants_api(name)
-            module = self._path(call.place)
-            within = number
-            if call.kind == "api":
-                if names.paths.lacks(module):
+                if lacking:
                     inside = self.inside(call)
-                    module = None if inside is None else self._path(self._plan.calls[inside].place)
+                    module = None if inside is None else self.named[inside].module
                 module = names.running.top.path if module is None and names.running.top else module
                 within = names.numbering.within(prefix, module) if wanted else 0
-            named.append(Named(prefix, number, wanted, module, within))
+            self.named.append(Named(prefix, number, wanted, module, within))
         for _, name in reversed(running):
             selection.leave(name)
-        return named
-
-    def _prefix(self, call: Call) -> str:
-        return call.name if call.kind == "api" else module_prefix(self._path(call.place) or "", call.name)
 
     def _path(self, place: Place | None) -> str | None:
         """The qualified name of the module at `place`."""
