@@ -11,7 +11,7 @@ from torch import fx
 from msprobe_graph.config import ConfigError, load_settings
 from msprobe_graph.eager.context import Context
 from msprobe_graph.graph import ascend
-from msprobe_graph.graph._compat import module_calls, traced_module
+from msprobe_graph.graph._compat import Traced, module_calls
 from msprobe_graph.graph.lower import lower
 from msprobe_graph.graph.options import GraphOptions, graph_options
 from msprobe_graph.graph.region import Region
@@ -52,7 +52,7 @@ def msprobe_backend(
     else:
         session = _session_of(asked)
         running = session.context
-    compiled = lower(module, inputs, asked, session.watch(running), traced_module())
+    compiled = lower(module, inputs, asked, session.watch(running), Traced.now())
     return compiled if isinstance(compiled, Region) else partial(_run_unseen, compiled, running)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -74,15 +74,43 @@ def module_calls() -> list[nn.Module]:
     return found
 
 
-def traced_module() -> nn.Module | None:
-    """The module of which dynamo is tracing a method in a frame of its own, forward or another; None for a function.
-    Around the forward of torch's own containers dynamo has put a function of its own, which gets that method."""
-    tracing = getattr(tls, "current_tx", None)
-    variables = {} if tracing is None else tracing.f_locals
-    for found in (variables.get("self"), getattr(variables.get("fn"), "__self__", None)):
-        if isinstance(found, nn.Module):
-            return found
-    return None
+class Code(NamedTuple):
+    """A function, by what its code has in common with the code that dynamo makes of it."""
+
+    file: str
+    line: int
+    name: str
+
+    @classmethod
+    def of(cls, code: CodeType) -> Code:
+        return cls(code.co_filename, code.co_firstlineno, code.co_name)
+
+
+class Traced(NamedTuple):
+    """What dynamo is tracing as a frame of its own."""
+
+    code: Code
+    module: nn.Module | None
+    """The one whose method it is, forward or another; None for a function."""
+
+    @classmethod
+    def now(cls) -> Traced | None:
+        """On this thread. None: nothing."""
+        tracing = getattr(tls, "current_tx", None)
+        if tracing is None:
+            return None
+        variables = tracing.f_locals
+        # Around the forward of torch's own containers dynamo has put a function of its own, which gets that method.
+        selves = (variables.get("self"), getattr(variables.get("fn"), "__self__", None))
+        return cls(Code.of(tracing.f_code), next((each for each in selves if isinstance(each, nn.Module)), None))
+
+
+def running_frame(code: Code) -> FrameType | None:
+    """The frame of the innermost running call of a function on this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and Code.of(frame.f_code) != code:
+        frame = frame.f_back
+    return frame
 
 
 def hook_all_modules(begin: Callable[..., None], end: Callable[..., None]) -> Callable[[], None]:

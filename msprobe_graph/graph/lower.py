@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from msprobe_graph.config.selection import Selection
 from msprobe_graph.version import __version__
 
+from ._compat import Traced
 from .handoff import Compiled, Taps, hand_on
 from .marks import Marks
 from .naming import plan_of
@@ -30,10 +31,10 @@ def lower(
     inputs: Sequence[Any],
     options: GraphOptions,
     watch: Watch,
-    frame_module: nn.Module | None,
+    traced: Traced | None,
 ) -> Callable[..., Any]:
     """What a dynamo backend returns for a graph: a function that computes it and, while something captures, records
-    the calls in it. `frame_module`: see `naming.plan_of`.
+    the calls in it. `traced`: see `naming.plan_of`.
 
     A graph without anything that the settings select is handed on as it came, and so is one that can't be understood:
     then the boundary has the hole.
@@ -46,7 +47,7 @@ def lower(
     wants_api = selection.may_want_api if apis else lambda name: False
 
     def prepare() -> tuple[Plan, dict[int, Wanted]]:
-        plan = plan_of(module.graph, marks, operators, wants_api, frame_module)
+        plan = plan_of(module.graph, marks, operators, wants_api, traced)
         stamp(module)
         return plan, _wanted(plan, values(module.graph), selection.backward)
 

@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.dump.encode import describe
 from msprobe_graph.eager.paths import bare
 
-from ._compat import example_value, memory, source
+from ._compat import Traced, example_value, memory, source
 from .api_calls import api_call, in_body, stack
 from .arguments import written_arguments
+from .beside import NOT_TAKEN, Beside, steps_of
 from .elements import in_row_major
 from .functionals import ARGUMENTS_UNTOLD, functionals
 from .marks import OTHER, Mark, Seen
@@ -29,7 +30,6 @@ from .views import parts, whole_views
 from .writes import Writes
 
 UNUSED = "the program does not use this output, and its graph does not hold it"
-NOT_TAKEN = "nothing in the compiled graph uses this tensor, so it neither takes nor computes it"
 IN_BODY = "it is in the body of a higher-order operator (activation checkpointing), where no taps lie"
 NO_MEMORY = "it is sparse, or inside a torch.func transform"
 WRITTEN = "it was changed in place before, in a way that compiled code keeps no value of"
@@ -43,15 +43,15 @@ def plan_of(
     marks: Sequence[Mark] | None,
     operators: OperatorTable,
     wants_api: Callable[[str], bool],
-    frame_module: nn.Module | None,
+    traced: Traced | None,
 ) -> Plan:
     """The plan of dynamo's `graph`.
 
     marks: its module calls; () where they are not wanted, None where they could not be had.
     operators: names the torch calls, of which those are left out whose name `wants_api` does not want.
-    frame_module: the module whose forward, or other method, dynamo has traced; None for a function.
+    traced: what dynamo has traced; None where what it has made of it is not what will call the graph.
     """
-    return _Naming(graph, operators, wants_api, frame_module).plan(marks)
+    return _Naming(graph, operators, wants_api, traced).plan(marks)
 
 
 class _Naming:
@@ -60,13 +60,17 @@ class _Naming:
         graph: fx.Graph,
         operators: OperatorTable,
         wants_api: Callable[[str], bool],
-        frame_module: nn.Module | None,
+        traced: Traced | None,
     ) -> None:
         self._nodes = list(graph.nodes)
         self._index = {node: index for index, node in enumerate(self._nodes)}
         self._operators = operators
         self._wants_api = wants_api
-        self._paths = {} if frame_module is None else {id(m): bare(name) for name, m in frame_module.named_modules()}
+        module = None if traced is None else traced.module
+        self._paths = {} if module is None else {id(each): bare(name) for name, each in module.named_modules()}
+        self._beside = None if traced is None else Beside(traced.code, {})
+        self._not_taken: dict[str, int] = {}
+        """Ids of the tensors beside the graph, by where they come from."""
         self._inner = [node for node in self._nodes if node.op not in ("placeholder", "output")]
         self._inputs = {source(node): node for node in self._nodes if node.op == "placeholder"}
         self._values: dict[int, Value] = {}
@@ -93,6 +97,7 @@ class _Naming:
         while left:
             self._mark(left.pop())
         inputs = {value_id(self._index[node]): at for at, node in enumerate(self._inputs.values())}
+        inputs |= {id_: at for at, id_ in enumerate(self._not_taken.values(), len(inputs))}
         returned = next(node for node in self._nodes if node.op == "output").args[0]
         outputs: dict[int, int] = {}
         for at, node in enumerate(returned):
@@ -111,6 +116,7 @@ class _Naming:
             values=self._values,
             inputs={id_: at for id_, at in inputs.items() if id_ in read},
             outputs={id_: at for id_, at in outputs.items() if id_ in read and id_ not in inputs},
+            beside=self._beside if self._not_taken else None,
             anchors=anchors(list(self._inputs)),
             same=same,
             reshaped=reshaped,
@@ -180,9 +186,9 @@ class _Naming:
         found: set[int] = set()
         gradients: list[Ref | None] = []
         for ref in refs(nest):
-            users = [user for user in self._nodes[node_of(ref.id)].users if user in self._positions]
-            told = all(proper(self._positions[user]) for user in users)
-            wanted = self._values[ref.id].requires_grad and ref.id not in found
+            wanted = self._values[ref.id].requires_grad and ref.id not in found and node_of(ref.id) < len(self._nodes)
+            users = self._nodes[node_of(ref.id)].users if wanted else ()
+            told = all(proper(self._positions[user]) for user in users if user in self._positions)
             gradients.append(Ref(gradient_id(ref.id), told) if wanted else None)
             found.add(ref.id)
         return gradients
@@ -230,9 +236,7 @@ class _Naming:
     def _nest(self, value: Any) -> Any:
         if isinstance(value, Seen):
             node = self._inputs.get(value.node) if isinstance(value.node, str) else self._inner[value.node]
-            if node is not None:
-                return self._leaf(node)
-            return Absent(value.value, NOT_TAKEN) if value.value is not None else {"type": "int", "value": None}
+            return self._leaf(node) if node is not None else self._dropped(value)
         if isinstance(value, fx.Node):
             return self._leaf(value)
         if isinstance(value, (tuple, list)) and len(value) == 3 and value[0] == OTHER:
@@ -242,6 +246,19 @@ class _Naming:
         if isinstance(value, dict):
             return {str(key): self._nest(item) for key, item in value.items()}
         return describe(value)
+
+    def _dropped(self, seen: Seen) -> Any:
+        """What the marked graph had, and this one hasn't."""
+        if seen.value is None:
+            return {"type": "int", "value": None}
+        expression = str(seen.node)
+        way = steps_of(expression)
+        if self._beside is None or way is None:
+            return Absent(seen.value, NOT_TAKEN)
+        id_ = self._not_taken.setdefault(expression, value_id(len(self._nodes) + len(self._not_taken)))
+        self._beside.ways[id_] = way
+        self._values[id_] = seen.value
+        return Ref(id_)
 
     def _leaf(self, node: fx.Node) -> Any:
         """The value of `node` as it is at the moment that is being named."""

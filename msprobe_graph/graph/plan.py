@@ -7,13 +7,15 @@ when the graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
 import torch
 
 from msprobe_graph.dump.records import StackFrame
+
+from .beside import Beside
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -27,6 +29,15 @@ class Value(msgspec.Struct, frozen=True):
     def of(cls, tensor: torch.Tensor) -> Value:
         shape = tuple(size if type(size) is int else None for size in tensor.shape)
         return cls(shape, tensor.dtype, tensor.requires_grad)
+
+    def fits(self, found: Any) -> bool:
+        """Whether it is a tensor of that dtype and these sizes."""
+        return (
+            isinstance(found, torch.Tensor)
+            and found.dtype == self.dtype
+            and len(found.shape) == len(self.shape)
+            and all(own in (None, size) for own, size in zip(self.shape, found.shape, strict=True))
+        )
 
 
 class Ref(msgspec.Struct, frozen=True):
@@ -164,6 +175,8 @@ class Plan(msgspec.Struct):
     anchors: dict[str, list[tuple[int, str]]]
     """By a place's root: inputs that are parameters or buffers below it, as position and path. At run time they tell
     which module the root is."""
+    beside: Beside | None = None
+    """Those tensors that calls refer to and the graph doesn't take. They count as inputs behind its own."""
     same: dict[int, int] = {}
     """Ids of values that are views of others with all their elements, and the ids of these."""
     reshaped: dict[int, list[int]] = {}
@@ -177,6 +190,11 @@ class Plan(msgspec.Struct):
     """The Python ids of those parts of the nests that hold no tensors, so that a run need not look into them."""
     holes: list[str] = []
     """What could not be learned of the graph, one sentence each."""
+
+    @property
+    def not_taken(self) -> Collection[int]:
+        """Ids of the tensors beside the graph."""
+        return () if self.beside is None else self.beside.ways
 
     @property
     def columns(self) -> dict[int, tuple[int, Part]]:

@@ -13,6 +13,7 @@ from msprobe_graph.dump.records import Hole
 from msprobe_graph.eager._compat import unseen
 from msprobe_graph.eager.context import Context
 
+from .beside import NOT_TAKEN
 from .earlier import EarlierRun, EarlierRuns
 from .exact import REASONS
 from .handoff import Compiled
@@ -48,7 +49,7 @@ class Region:
         self.plan = plan
         self.remarks = [*plan.holes, *compiled.remarks]
         """For the manifest of every step in which the graph runs."""
-        self.reasons: dict[int, str] = {}
+        self.reasons = dict.fromkeys(plan.not_taken, NOT_TAKEN)
         """Why values are missing, by id, as far as the first tap of a graph has told."""
         self.replays = watch.replays
         self.frames = Frames(watch.replays, rows)
@@ -104,6 +105,8 @@ class Region:
 
     def _begin(self, context: Context, inputs: tuple[Any, ...]) -> Invocation | RunAgain:
         frame, number = self.frames.of_step(context.step), self._earlier.count(context.recorder)
+        if self.plan.beside is not None:
+            inputs += tuple(self.plan.beside.now(self.plan.values))
         earlier = self._earlier.find(number, self.plan, context, inputs)
         if earlier is not None:
             return RunAgain(self, context, inputs, frame, number, earlier)
@@ -166,9 +169,10 @@ class Listener:
         if captured:
             plan, frame = region.plan, self._frame
             lasting = {position for position, each in enumerate(inputs) if isinstance(each, torch.nn.Parameter)}
-            frame.whole, frame.inputs = True, len(inputs)
+            frame.whole, frame.inputs = True, len(inputs) + len(plan.not_taken)
             frame.lasting = {position: inputs[position] for position in lasting}
-            self._measure({ref: inputs[position] for ref, position in plan.inputs.items() if position not in lasting})
+            taken = ((ref, position) for ref, position in plan.inputs.items() if ref not in plan.not_taken)
+            self._measure({ref: inputs[position] for ref, position in taken if position not in lasting})
 
     def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         if note:

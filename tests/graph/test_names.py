@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msprobe_graph.dump.reader import StepDump
-from msprobe_graph.graph.naming import NOT_TAKEN, WRITTEN
+from msprobe_graph.graph.beside import NOT_TAKEN
 from msprobe_graph.graph.naming import UNUSED as UNUSED_OUTPUT
+from msprobe_graph.graph.naming import WRITTEN
 
 from ..capturing import Apply, Capture, holes, modules
 from .conftest import Both, Net, differences
@@ -264,10 +265,63 @@ def test_an_output_that_nothing_uses_is_a_hole(both: Both, name: str) -> None:
     assert record["reason"] == holes(compiled)[site] == UNUSED_OUTPUT
 
 
-def test_an_argument_that_nothing_uses_is_a_hole(both: Both) -> None:
-    model = nn.Sequential()
-    model.fc = Apply(lambda x, mask: x * 2)
-    model.forward = lambda x, mask: model.fc(x, mask)  # type: ignore[method-assign]
+class Unused(nn.Module):
+    """Calls a module with arguments that it doesn't use."""
+
+    def __init__(self, *arguments: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.fc = Apply(lambda x, *unused: x * 2)
+        self.own = ones(4, 2)
+        self._arguments = arguments
+
+    def forward(self, x: Tensor, mask: Tensor, *more: Tensor, **named: Any) -> Tensor:
+        variables = {"self": self, "mask": mask, "more": more, "named": named}
+        out: Tensor = self.fc(x, *(argument(variables) for argument in self._arguments))
+        return out
+
+
+def test_an_argument_that_nothing_uses_is_read_from_the_frame(both: Both) -> None:
+    model = Unused(
+        lambda frame: frame["mask"],
+        lambda frame: frame["more"][1],
+        lambda frame: frame["named"]["masks"][0],
+        lambda frame: frame["self"].own,
+        lambda frame: frame["mask"],
+    )
+
+    def program(run: Any) -> None:
+        for factor in range(3):  # the first is described, the others are like it
+            x = ones(2, 3) * factor
+            run(x, x[0] + 1, x, x[:, 1] + 2, masks=[x[1] + 3])
+
+    eager, compiled = both(model, program)
+    assert differences(eager, compiled) == []
+    assert compiled.data["Module.fc.Apply.forward.2"]["input_args"][3]["Max"] == 15.0
+
+
+def test_an_argument_that_nothing_uses_gets_no_gradient(both: Both) -> None:
+    model = Unused(lambda frame: frame["mask"])
+
+    def program(run: Any) -> None:
+        x, mask = ones(2, 3).requires_grad_(), ones(2).requires_grad_()
+        run(x, mask).sum().backward()
+
+    eager, compiled = both(model, program, {"inner": "aot_eager"}, level="L0")
+    assert differences(eager, compiled) == []
+
+
+def test_an_argument_that_nothing_uses_behind_a_graph_break(both: Both) -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    model = Unused(lambda frame: broken(frame["mask"]), lambda frame: frame["mask"])
+    eager, compiled = both(model, lambda run: run(ones(2, 3), ones(2)))
+    assert differences(eager, compiled) == []
+
+
+def test_an_argument_that_only_nothing_uses_is_a_hole(both: Both) -> None:
+    model = Unused(lambda frame: frame["mask"][0])
     _, compiled = both(model, lambda run: run(ones(2, 3), ones(2)))
     record = compiled.data["Module.fc.Apply.forward.0"]["input_args"][1]
     assert (record["type"], record["dtype"], record["Max"]) == ("torch.Tensor", "torch.float32", None)
