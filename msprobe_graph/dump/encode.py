@@ -47,8 +47,8 @@ def complete(record: TensorRecord, found: Statistics) -> None:
 
 
 def reset(record: TensorRecord, shape: tuple[int, ...]) -> None:
-    """Remove from the record of a replayed value what an earlier step has filled in. All that is left open are the
-    statistics of a value that is finite."""
+    """Remove from the record of a replayed value what an earlier step has filled in. What is left is that of a value all
+    of which is finite, but for its statistics."""
     record.shape = shape
     record.reason = msgspec.UNSET
     record.nan_count = record.posinf_count = record.neginf_count = 0

@@ -5,15 +5,26 @@
 // shortest decimal that reads back as the same double.
 
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace {
 
-constexpr int NORM = 3, NANS = 4, POSITIVES = 5, NEGATIVES = 6, FINITES = 7;  // words of a row: see statistics.ROW
 constexpr int LONGEST = 32;  // characters of a number
+constexpr double INFINITE = std::numeric_limits<double>::infinity();
+constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-enum Format : int32_t { REAL = 0, INTEGER = 1, BOOLEAN = 2, UNSIGNED = 3 };
+// Words of a row (statistics.ROW). Of dtypes without NaN the exact extremes stand where others count NaN and +Inf.
+enum Word : int32_t { MAX, MIN, MEAN, NORM, NANS, POSITIVES, NEGATIVES, FINITES, EXACT_MAX = NANS, EXACT_MIN = POSITIVES };
+
+enum Kind : int32_t { REAL, INTEGER, BOOLEAN, UNSIGNED };
+
+// Where a number is, and what it is: that word of the row that begins there, of a value of that kind.
+struct Hole {
+    int32_t row, word, kind;
+};
 
 double real(const int64_t* word) {
     double value;
@@ -21,64 +32,82 @@ double real(const int64_t* word) {
     return value;
 }
 
-char* write_real(char* out, double value) {
+char* write(char* out, const char* text) {
+    const size_t size = std::strlen(text);
+    std::memcpy(out, text, size);
+    return out + size;
+}
+
+// As encode.number has it where it is not finite.
+char* write(char* out, double value) {
+    if (std::isnan(value)) return write(out, "\"nan\"");
+    if (std::isinf(value)) return write(out, value > 0 ? "1e999" : "-1e999");
     char* end = std::to_chars(out, out + LONGEST, value).ptr;
     for (const char* at = out; at < end; at++)
         if (*at == '.' || *at == 'e') return end;
-    *end++ = '.';  // so that it is read as a float
-    *end++ = '0';
-    return end;
+    return write(end, ".0");  // so that it is read as a float
 }
 
-char* write(char* out, const int64_t* word, int32_t format) {
-    switch (format) {
-        case REAL:
-            return write_real(out, real(word));
-        case INTEGER:
-            return std::to_chars(out, out + LONGEST, *word).ptr;
-        case UNSIGNED:
-            return std::to_chars(out, out + LONGEST, static_cast<uint64_t>(*word)).ptr;
-        default: {
-            const char* text = *word ? "true" : "false";
-            const size_t size = std::strlen(text);
-            std::memcpy(out, text, size);
-            return out + size;
-        }
+template <typename Integer>
+char* write_integer(char* out, Integer value) {
+    return std::to_chars(out, out + LONGEST, value).ptr;
+}
+
+// What torch makes of values that are not all finite: see statistics.read_row.
+double propagated(const int64_t* row, int32_t word) {
+    const bool up = row[POSITIVES], down = row[NEGATIVES];
+    if (row[NANS]) return NOT_A_NUMBER;
+    if (!up && !down) return real(row + word);
+    switch (word) {
+        case MAX:
+            return up ? INFINITE : row[FINITES] ? real(row + MAX) : -INFINITE;
+        case MIN:
+            return down ? -INFINITE : row[FINITES] ? real(row + MIN) : INFINITE;
+        case MEAN:
+            return up && down ? NOT_A_NUMBER : up ? INFINITE : -INFINITE;
+        default:
+            return INFINITE;
     }
+}
+
+// Behind the last count: the same statistics over the finite values, where there are others.
+char* write_finites(char* out, const int64_t* row) {
+    if (!row[FINITES] || !(row[NANS] || row[POSITIVES] || row[NEGATIVES])) return out;
+    const char* const names[] = {",\"finite_Max\":", ",\"finite_Min\":", ",\"finite_Mean\":", ",\"finite_Norm\":"};
+    for (int word = MAX; word <= NORM; word++) out = write(write(out, names[word]), real(row + word));
+    return out;
+}
+
+char* write_of_real(char* out, const int64_t* row, int32_t word) {
+    if (word == NEGATIVES) return write_finites(write_integer(out, row[word]), row);
+    if (word > NORM) return write_integer(out, row[word]);
+    const bool empty = !(row[FINITES] || row[NANS] || row[POSITIVES] || row[NEGATIVES]);
+    return empty ? write(out, "null") : write(out, propagated(row, word));
+}
+
+char* write(char* out, const int64_t* row, int32_t word, int32_t kind) {
+    if (kind == REAL) return write_of_real(out, row, word);
+    if (!row[FINITES]) return write(out, "null");
+    if (word > MIN) return write(out, real(row + word));
+    const int64_t exact = row[word == MAX ? EXACT_MAX : EXACT_MIN];
+    if (kind == BOOLEAN) return write(out, exact ? "true" : "false");
+    return kind == UNSIGNED ? write_integer(out, static_cast<uint64_t>(exact)) : write_integer(out, exact);
 }
 
 }  // namespace
 
 extern "C" {
 
-// A value has a row at `word`; `real`: it may hold NaN and infinities.
-struct Value {
-    int32_t word;
-    int32_t real;
-};
-
-// A number in the text: where it is, and how it is written.
-struct Hole {
-    int32_t word;
-    int32_t format;
-};
-
-// Writes pieces[0], hole 0, pieces[1], hole 1, ... to `out`, which has room for all pieces and 32 bytes a hole. Returns
-// how many bytes that are, or -1 where a value is empty or not all finite: such values need more text than others.
+// Writes pieces[0], hole 0, pieces[1], hole 1, ... to `out`, which has room for all of it, and returns how many bytes
+// that are.
 int64_t msprobe_graph_fill(const char* text, const int64_t* pieces, const Hole* holes, int64_t hole_count,
-                           const Value* values, int64_t value_count, const int64_t* words, char* out) {
-    for (int64_t at = 0; at < value_count; at++) {
-        const int64_t* row = words + values[at].word;
-        if (!row[FINITES] || (values[at].real && (row[NANS] || row[POSITIVES] || row[NEGATIVES]))) return -1;
-        const double norm = real(row + NORM);
-        if (norm - norm != 0) return -1;
-    }
+                           const int64_t* words, char* out) {
     char* const begin = out;
     for (int64_t at = 0; at <= hole_count; at++) {
         std::memcpy(out, text, pieces[at]);
         text += pieces[at];
         out += pieces[at];
-        if (at < hole_count) out = write(out, words + holes[at].word, holes[at].format);
+        if (at < hole_count) out = write(out, words + holes[at].row, holes[at].word, holes[at].kind);
     }
     return out - begin;
 }

@@ -18,25 +18,23 @@ from msprobe_graph.extension import shared_library
 
 LONGEST = 32
 """Bytes that a number may take."""
+FINITES = 4 * 48
+"""Bytes that the statistics of the finite values may take, with their names."""
 
+MAX, MIN, MEAN, NORM, NANS, POSITIVES, NEGATIVES = range(7)
+"""What a number is; `enum Word` in template.cpp is the same."""
 REAL, INTEGER, BOOLEAN, UNSIGNED = range(4)
-"""How a number is written: `enum Format` in template.cpp is the same."""
-
-
-class Value(NamedTuple):
-    """A row of the table whose numbers stand in the text."""
-
-    word: int
-    """Where the row begins, in words of 8 bytes."""
-    real: bool
-    """It may count values that are not finite."""
+"""Of what kind of value: `enum Kind`."""
 
 
 class Number(NamedTuple):
-    """A number that stands in the text."""
+    """A number that stands in the text. What counts -Inf is followed by the statistics of the finite values, where not
+    all are."""
 
+    row: int
+    """Where the value's row begins in the table, in words of 8 bytes."""
     word: int
-    format: int
+    kind: int
 
 
 def mark(index: int) -> msgspec.Raw:
@@ -46,12 +44,12 @@ def mark(index: int) -> msgspec.Raw:
 
 class Template:
     """
-    >>> template = Template(b'{"Norm": \\x000\\x00}', [Number(3, REAL)], [Value(0, True)])
+    >>> template = Template(b'{"Norm": \\x000\\x00}', [Number(0, NORM, REAL)])
     >>> template.fill(address)                      # of a table whose first row has the norm 0.5
     b'{"Norm": 0.5}'
     """
 
-    def __init__(self, text: bytes, numbers: Sequence[Number], values: Sequence[Value]) -> None:
+    def __init__(self, text: bytes, numbers: Sequence[Number]) -> None:
         """`text` has marks: see `mark`. OSError where numbers can't be filled in, for want of the compiled code."""
         function = _function()
         if function is None:
@@ -61,18 +59,13 @@ class Template:
         self._text = b"".join(pieces[::2])
         self._pieces = _array(ctypes.c_int64, [len(piece) for piece in pieces[::2]])
         self._numbers = _array(ctypes.c_int32, [field for number in between for field in number])
-        self._values = _array(ctypes.c_int32, [int(field) for value in values for field in value])
-        self._room = len(self._text) + LONGEST * len(between)
-        self._fill = functools.partial(
-            function, self._text, self._pieces, self._numbers, len(between), self._values, len(values)
-        )
+        self._room = len(self._text) + sum(LONGEST + (number.word == NEGATIVES) * FINITES for number in between)
+        self._fill = functools.partial(function, self._text, self._pieces, self._numbers, len(between))
 
-    def fill(self, table: int) -> bytes | None:
-        """The text with the numbers of the table at that address. None where one of the values is empty or not all
-        finite."""
+    def fill(self, table: int) -> bytes:
+        """The text with the numbers of the table at that address."""
         out = ctypes.create_string_buffer(self._room)
-        size = self._fill(table, out)
-        return None if size < 0 else ctypes.string_at(out, size)
+        return ctypes.string_at(out, self._fill(table, out))
 
 
 def fills() -> bool:
@@ -91,7 +84,7 @@ def _function() -> Callable[..., int] | None:
         return None
     fill.restype = ctypes.c_int64
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    fill.argtypes = (ctypes.c_char_p, pointer, pointer, size, pointer, size, pointer, pointer)
+    fill.argtypes = (ctypes.c_char_p, pointer, pointer, size, pointer, pointer)
     return fill
 
 

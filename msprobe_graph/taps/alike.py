@@ -70,9 +70,7 @@ class AlikeInStep:
                 known.template = self._template(entries)
             address = ctypes.cast(ctypes.c_char_p(words), ctypes.c_void_p).value
             assert address is not None
-            text = known.template.fill(address)
-            if text is not None:
-                return text
+            return known.template.fill(address)
         for record, dtype, shape, word in self._measured():
             reset(record, shape)
             complete(record, read_row(ROW.unpack_from(words, 8 * word), dtype))

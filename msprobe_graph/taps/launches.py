@@ -67,7 +67,7 @@ class LaunchedRows:
         self._stream = torch.cuda.current_stream()
         self._table = table
         self._memory = memory
-        self._chunk = memory.take(1, self._stream)
+        self._chunk = memory.take(memory.room, self._stream)
         self._arrival: tuple[torch.Tensor, torch.Event] | None = None
         device = self._stream.device
         table.attach(device.index, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
@@ -80,6 +80,8 @@ class LaunchedRows:
             if headers:
                 self._arrival = self._bring(headers)
             if finished:
+                if self._table.ran_out():
+                    self._memory.make_room()
                 self._memory.give_back(self._chunk, self._table.used(), self._stream)
 
     def _bring(self, headers: bytes) -> tuple[torch.Tensor, torch.Event]:

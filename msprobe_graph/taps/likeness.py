@@ -96,6 +96,9 @@ class Table(Protocol):
     def used(self) -> int:
         """How many of those rows are taken."""
 
+    def ran_out(self) -> bool:
+        """Whether they were too few."""
+
 
 class Probes(Protocol):
     """Tensors as they were: each a weak reference, address, elements, their size in bytes, and fingerprint."""

@@ -87,9 +87,7 @@ class ReplayInStep:
                 if len(call.known) == MOST_KNOWN:
                     del call.known[next(iter(call.known))]
                 known = call.known[arrival.kind] = Known(self._template(arrival), self._block(arrival))
-            text = known.template.fill(arrival.address)
-            if text is not None:
-                return known.block._replace(lines=text)
+            return known.block._replace(lines=known.template.fill(arrival.address))
         block = self.complete()
         return block and block._replace(lines=entry_lines(block.entries))
 

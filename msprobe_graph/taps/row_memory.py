@@ -10,6 +10,8 @@ import torch
 
 CHUNK = 1 << 17
 """Rows that are allocated at once: 8 MiB."""
+MOST = 1 << 21
+"""Rows that are ever allocated for calls like earlier ones: 128 MiB."""
 
 
 class RowMemory:
@@ -24,20 +26,27 @@ class RowMemory:
         """By device and stream: what one stream zeroes, another may not use at once."""
         self._lock = threading.Lock()
         self._headers: tuple[bytes, torch.device, torch.Tensor] | None = None
+        self.room = CHUNK
+        """Rows for one step's calls that are like earlier ones."""
+
+    def make_room(self) -> None:
+        """They were too few: from the next step on there are more."""
+        self.room = min(2 * self.room, MOST)
 
     def take(self, rows: int, stream: torch.cuda.Stream) -> torch.Tensor:
         """int64 zeros of shape [`rows` or more, 8]."""
         with self._lock:
             free = self._free[stream.device, stream.cuda_stream]
-            if rows <= CHUNK and free:
-                return free.pop()
+            fitting = next((at for at, chunk in enumerate(free) if rows <= len(chunk)), None)
+            if fitting is not None:
+                return free.pop(fitting)
         with ThreadPoolExecutor(1) as elsewhere:  # such pools take what one thread allocates
             return elsewhere.submit(_zeros, max(CHUNK, rows), stream).result()
 
     def give_back(self, chunk: torch.Tensor, used: int, stream: torch.cuda.Stream) -> None:
         """A chunk of whose rows only the first `used` are no longer zeros, and which nothing but what the stream has to
         do already still reads. To be called with that stream as the current one."""
-        if len(chunk) == CHUNK:
+        if len(chunk) in (CHUNK, self.room):
             chunk[:used].zero_()
             with self._lock:
                 self._free[stream.device, stream.cuda_stream].append(chunk)

@@ -26,8 +26,11 @@ LEAST = tl.constexpr(-(2**63))
 GREATEST = tl.constexpr(2**63 - 1)
 # Kinds, as a header names them.
 FLOAT, INTEGER, UINT64 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# How elements lie: one behind the other, or with strides, and then whether their numbers fit into an int32.
-DENSE, NARROW, WIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How elements lie: one behind the other, or with strides, and then whether their numbers fit into an int32. Of these in
+# ROWS: s2 rows of s3 elements, which lie one behind the other; s3 is a multiple of RUN, and t2 one of ALIGNED_ROWS.
+DENSE, NARROW, WIDE, ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+RUN = tl.constexpr(128)
+ALIGNED_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def read(pointer, meaning, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.c
     """Elements by their numbers in row-major order; anything where not `inside` (None: all are). Of a float of one byte
     `meaning` has the 256 values."""
     if STRIDED:
-        if STRIDED == NARROW:
+        if STRIDED != WIDE:
             at = at.to(tl.int32)
         rest = at // s3.to(at.dtype)
         i3 = at - rest * s3.to(at.dtype)
@@ -52,18 +55,38 @@ def read(pointer, meaning, at, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.c
 
 
 @triton.jit
+def read_runs(pointer, meaning, at, s3, t2, BYTES: tl.constexpr):
+    """Runs of elements that lie in ROWS, by the numbers of their first elements: a division for each run, and not for
+    each element."""
+    at = at.to(tl.int32)
+    row = at // s3.to(tl.int32)
+    first = tl.multiple_of(row.to(tl.int64) * t2 + (at - row * s3.to(tl.int32)), (ALIGNED_ROWS, ALIGNED_ROWS))
+    found = tl.load(pointer + (first + tl.arange(0, RUN)[None, :]))
+    if BYTES:
+        found = tl.load(meaning + found.to(tl.int32))
+    return found
+
+
+@triton.jit
 def _floats(
     pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3,
     SUM: tl.constexpr, TINY: tl.constexpr, STRIDED: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    highs = tl.full([BLOCK], -INFINITY, SUM)
-    lows = tl.full([BLOCK], INFINITY, SUM)
-    sums = tl.zeros([BLOCK], SUM)
-    squares = tl.zeros([BLOCK], SUM)
+    if STRIDED == ROWS:
+        runs = tl.arange(0, BLOCK // RUN)[:, None] * RUN
+        lanes = runs + tl.arange(0, RUN)[None, :]
+    else:
+        lanes = tl.arange(0, BLOCK)
+    highs = tl.full(lanes.shape, -INFINITY, SUM)
+    lows = tl.full(lanes.shape, INFINITY, SUM)
+    sums = tl.zeros(lanes.shape, SUM)
+    squares = tl.zeros(lanes.shape, SUM)
     whole = begin + (end - begin) // BLOCK * BLOCK
-    for start in range(begin, whole, BLOCK):
-        x = read(pointer, meaning, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
+    for start in tl.range(begin, whole, BLOCK, loop_unroll_factor=4):
+        if STRIDED == ROWS:
+            x = read_runs(pointer, meaning, start + runs, s3, t2, BYTES).to(SUM)
+        else:
+            x = read(pointer, meaning, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(SUM)
         highs = tl.maximum(highs, x)
         lows = tl.minimum(lows, x)
         sums += x
@@ -88,11 +111,11 @@ def _floats(
     largest = tl.maximum(tl.abs(high), tl.abs(low))
     plain = (square < INFINITY) & ((largest > TINY) | (largest == 0))
     if (count > 0) & (plain == 0):
-        finite_highs = tl.full([BLOCK], -INFINITY, tl.float64)
-        finite_lows = tl.full([BLOCK], INFINITY, tl.float64)
-        nan_counts = tl.zeros([BLOCK], tl.int64)
-        positive_counts = tl.zeros([BLOCK], tl.int64)
-        negative_counts = tl.zeros([BLOCK], tl.int64)
+        finite_highs = tl.full(lanes.shape, -INFINITY, tl.float64)
+        finite_lows = tl.full(lanes.shape, INFINITY, tl.float64)
+        nan_counts = tl.zeros(lanes.shape, tl.int64)
+        positive_counts = tl.zeros(lanes.shape, tl.int64)
+        negative_counts = tl.zeros(lanes.shape, tl.int64)
         for start in range(begin, end, BLOCK):
             inside = start + lanes < end
             x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
@@ -111,8 +134,8 @@ def _floats(
         count = count - nans - positive - negative
         largest = tl.maximum(tl.abs(high), tl.abs(low))
         scale = tl.where((count > 0) & (largest > 0), largest, 1.0)
-        wide_sums = tl.zeros([BLOCK], tl.float64)
-        wide_squares = tl.zeros([BLOCK], tl.float64)
+        wide_sums = tl.zeros(lanes.shape, tl.float64)
+        wide_squares = tl.zeros(lanes.shape, tl.float64)
         for start in range(begin, end, BLOCK):
             inside = start + lanes < end
             x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)

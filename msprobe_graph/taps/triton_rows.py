@@ -103,10 +103,16 @@ def layout(tensor: torch.Tensor) -> Layout | None:
             strides.append(stride)
     if len(sizes) > 4:
         return None
+    runs = len(sizes) == 2 and sizes[1] % kernels.RUN.value == 0 and strides[1] == 1
     missing = 4 - len(sizes)
     sizes, strides = [1] * missing + sizes, [0] * missing + strides
-    narrow = tensor.numel() < 2**31 - 2**16  # a block reaches past the end
-    return Layout(kernels.NARROW.value if narrow else kernels.WIDE.value, *sizes[1:], *strides)
+    if tensor.numel() >= 2**31 - 2**16:  # a block reaches past the end
+        strided = kernels.WIDE
+    elif runs and strides[2] % kernels.ALIGNED_ROWS.value == 0:
+        strided = kernels.ROWS
+    else:
+        strided = kernels.NARROW
+    return Layout(strided.value, *sizes[1:], *strides)
 
 
 def parts(count: int, block: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@ Ten launches are captured as one CUDA graph, so that launching costs nothing; of
 reads each byte once, a copy moves it twice: reads it, and writes it. The last column is the one rate over the other.
 What fits into the GPU's L2 cache comes from there, in both. On an H200:
 
-                                        kernel                    copy
-    bfloat16       [8192, 11008]       46.6 us   3870 GB/s       85.8 us   4202 GB/s   0.92
+                                             kernel                    copy
+    bfloat16            [8192, 11008]       46.6 us   3870 GB/s       85.8 us   4202 GB/s   0.92
     ...
     32 values of [8, 896] in one launch: ... us, switched off ... us
 
@@ -24,6 +24,8 @@ from msprobe_graph.taps.triton_rows import TritonRows
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn)
 SHAPES = ((8192, 11008), (4096, 3584), (8, 896))
+COLUMNS = ((4096, 37888, 18944), (4096, 4608, 3584), (4096, 4608, 512))
+"""Rows, their width, and how many columns of them: what a gate, and what q and k of one matrix product are."""
 LAUNCHES = 10
 REPLAYS = 20
 TOGETHER = 32
@@ -31,10 +33,14 @@ TOGETHER = 32
 DEVICE = torch.device("cuda", 0)
 
 
+STREAM = torch.cuda.Stream(DEVICE)
+"""Where graphs are captured, and the rows' stream."""
+
+
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of LAUNCHES calls."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=STREAM):
         for _ in range(LAUNCHES):
             call()
     return graph
@@ -54,15 +60,16 @@ def microseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def line(tensor: torch.Tensor) -> str:
-    rows, other = TritonRows(DEVICE), torch.empty_like(tensor)
-    rows.add(tensor)  # compiles the kernel, and allocates its rows outside of the graph
-    other.copy_(tensor)
+    with torch.cuda.stream(STREAM):
+        rows, other = TritonRows(DEVICE), torch.empty_like(tensor)
+        rows.add(tensor)  # compiles the kernel, and allocates its rows outside of the graph
+        other.copy_(tensor)
     kernel = microseconds(captured(lambda: rows.add(tensor)))
     copy = microseconds(captured(lambda: other.copy_(tensor)))
     read = tensor.numel() * tensor.element_size() / 1e3  # GB/s, over microseconds
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = str(tensor.dtype).removeprefix("torch.") + ("" if tensor.is_contiguous() else " columns")
     return (
-        f"{name:15}{list(tensor.shape)!s:15}{kernel:9.1f} us{read / kernel:7.0f} GB/s"
+        f"{name:20}{list(tensor.shape)!s:15}{kernel:9.1f} us{read / kernel:7.0f} GB/s"
         f"{copy:12.1f} us{2 * read / copy:7.0f} GB/s{copy / kernel / 2:7.2f}"
     )
 
@@ -81,10 +88,12 @@ def small_values() -> str:
 
 def main() -> None:
     print(f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}")
-    print(f"{'':30}{'kernel':>12}{'copy':>26}")
+    print(f"{'':35}{'kernel':>12}{'copy':>26}")
     for dtype in DTYPES:
         for shape in SHAPES:
             print(line(torch.randn(shape, device=DEVICE).to(dtype)))
+    for height, width, columns in COLUMNS:
+        print(line(torch.randn(height, width, device=DEVICE).to(torch.bfloat16)[:, -columns:]))
     print(small_values())
 
 

@@ -120,6 +120,7 @@ BATCHES: dict[str, View] = {  # of 24 rows, out of a matrix of 48 by 896
     "unaligned": lambda x: x.reshape(-1)[1 : 1 + 24 * 895].reshape(24, 895),
     "every other row": lambda x: x[::2],
     "columns": lambda x: x[:24, 5:300],
+    "columns of whole runs": lambda x: x[:24, 128:512],
     "transposed": lambda x: x.t()[:24],
     "three dimensions": lambda x: x[:24].reshape(24, 14, 64).transpose(1, 2),
     "a column": lambda x: x[:24, 0],

@@ -13,6 +13,7 @@ import torch
 
 from msprobe_graph import PrecisionDebugger
 from msprobe_graph.dump.reader import read, steps
+from msprobe_graph.taps import row_memory
 from msprobe_graph.taps.launches import launch_of
 from msprobe_graph.taps.triton_rows import KINDS
 from tests.capturing import Apply
@@ -140,3 +141,23 @@ def test_a_call_on_both_devices(tmp_path: Path, described: list[int]) -> None:
         entry = read(folder).data["Module.Apply.forward.0"]
         measured = entry["input_args"][0], entry["input_kwargs"]["of"], entry["output"][0]
         assert [each["Max"] for each in measured] == [each.max().item() for each in (x, of, x + of)]
+
+
+def test_a_step_with_more_values_than_there_is_room_for(
+    tmp_path: Path, described: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next has more room, until all calls are like earlier ones."""
+    monkeypatch.setattr(row_memory, "CHUNK", 64)
+    model = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(50)))
+    debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "L0"})
+    with torch.no_grad():
+        for number in range(6):
+            with debugger.start(model):
+                model(torch.full((4, 4), float(number), device="cuda"))
+    debugger.flush()
+    assert 2 in described
+    assert not {4, 5} & set(described)
+    for number, folder in enumerate(steps(tmp_path)):
+        step = read(folder)
+        assert len(step.data) == 51
+        assert {record["Max"] for entry in step.data.values() for record in entry["output"]} == {number}

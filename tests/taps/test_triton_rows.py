@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from msprobe_graph.taps import row_memory
+from msprobe_graph.taps import triton_kernels as kernels
 from msprobe_graph.taps.triton_rows import KINDS, MOST_PARTS, TritonRows, layout
 
 from .gpu_rows import BLOCK, DEVICE, VIEWS, bits, check, every_dtype, few_dtypes, numbers, statistics
@@ -60,6 +61,27 @@ def test_sizes_around_blocks_and_parts(dtype: torch.dtype, count: int) -> None:
     there = numbers(dtype, count)
     (row,) = measured(there.to(DEVICE))
     check(row, there)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("height", "width", "begin", "end"),
+    [(40, 640, 128, 512), (3, 4608, 0, 3584), (17, 4608, 3584, 4096), (5, 256, 0, 128), (700, 144, 16, 144)],
+)
+def test_columns_that_are_whole_runs(dtype: torch.dtype, height: int, width: int, begin: int, end: int) -> None:
+    """Such as q, k and v, which are columns of what one matrix product gives."""
+    finite = numbers(dtype, height, width)
+    everything = finite if dtype is torch.bool else bits(dtype, height, width)
+    for there in (finite[:, begin:end], everything[:, begin:end]):
+        here = there.to(DEVICE)
+        assert here.is_contiguous()
+        columns = torch.empty(height, width, dtype=dtype, device=DEVICE)[:, begin:end]
+        columns.copy_(here)
+        lies = layout(columns)
+        assert lies is not None
+        assert lies.strided == kernels.ROWS.value
+        (row,) = measured(columns)
+        check(row, there)
 
 
 @few_dtypes

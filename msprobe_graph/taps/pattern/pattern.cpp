@@ -25,6 +25,8 @@ PyObject* headers(PyObject* self, PyObject*) {
 
 PyObject* used(PyObject* self, PyObject*) { return PyLong_FromLongLong(reinterpret_cast<Table*>(self)->gpu.used); }
 
+PyObject* ran_out(PyObject* self, PyObject*) { return PyBool_FromLong(reinterpret_cast<Table*>(self)->gpu.ran_out); }
+
 PyObject* contents(PyObject* self, PyObject*) {
     const std::vector<Row>& rows = reinterpret_cast<Table*>(self)->rows;
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(Row));
@@ -124,6 +126,7 @@ PyMethodDef table_methods[] = {
     {"calls", calls, METH_NOARGS, nullptr},
     {"headers", headers, METH_NOARGS, nullptr},
     {"used", used, METH_NOARGS, nullptr},
+    {"ran_out", ran_out, METH_NOARGS, nullptr},
     {"contents", contents, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -49,6 +49,7 @@ struct GpuRows {
     int64_t device = -1;
     void* stream = nullptr;
     int64_t address = 0, room = 0, used = 0;
+    bool ran_out = false;
     std::vector<int64_t> headers;  // of each value: which row
 };
 
@@ -124,7 +125,8 @@ bool gpu_ready(const GpuRows& gpu, const DLDevice& of_tensors) {
 bool launch(Table* table, const Leaf& leaf, int64_t& header) {
     GpuRows& gpu = table->gpu;
     const Launch& how = *leaf.part->launch;
-    if (gpu.used + how.parts + 1 > gpu.room) return false;
+    gpu.ran_out = gpu.ran_out || gpu.used + how.parts + 1 > gpu.room;
+    if (gpu.ran_out) return false;
     header = gpu.used;
     gpu.used += how.parts + 1;
     void* tensor = leaf.seen.data;
