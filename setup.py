@@ -38,6 +38,14 @@ setup(
             language="c++",
             optional=True,
         ),
+        # Without it a step's files are written by Python, which waits for its lock after each call of the system.
+        Extension(
+            "msprobe_graph.dump._folder",
+            sources=["msprobe_graph/dump/folder.cpp"],
+            extra_compile_args=["-O2", "-std=c++17"],
+            language="c++",
+            optional=True,
+        ),
         # Without it acl_save saves nothing from inside CUDA graphs, and says so.
         Extension(
             "msprobe_graph.taps._host_queue",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.names import module_call
 from msprobe_graph.dump.records import Entry, Hole
 from msprobe_graph.taps.recorder import Recorder
+from msprobe_graph.taps.replayed import ReplayedCall
 
 from ._compat import compiler_at_work
 from .backward import Backward
@@ -75,8 +77,8 @@ class EagerCapture:
         self._unfused: list[str] = []
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
-        self._sites_of: tuple[dict[str, int], list[str]] | None = None
-        """What `_sites` was counted of: the calls, and the entries' names."""
+        self._sites_of: tuple[dict[str, int], list[ReplayedCall], list[str]] | None = None
+        """What `_sites` was counted of: the calls, what was replayed, and the entries' names."""
         self._sites: tuple[int, int, list[Hole]] = (0, 0, [])
 
     @property
@@ -170,11 +172,10 @@ class EagerCapture:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
         recorder = self._context.recorder
-        names = [name for call in recorder.replays for name in call.entries]
-        names += recorder.entries
-        state = self._context.numbering.counts(), names
+        state = self._context.numbering.counts(), list(recorder.replays), list(recorder.entries)
         if state != self._sites_of:
-            self._sites_of, self._sites = state, self._count_sites(names)
+            replayed = (name for call in recorder.replays for name in call.entries)
+            self._sites_of, self._sites = state, self._count_sites(chain(replayed, recorder.entries))
         return self._sites
 
     def _count_sites(self, names: Iterable[str]) -> tuple[int, int, list[Hole]]:

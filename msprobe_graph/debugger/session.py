@@ -97,6 +97,14 @@ class Session:
             return False
         return True
 
+    def attend(self, models: Mapping[str, nn.Module]) -> bool:
+        """Put hooks on the models for `resume`, which then may be called when one of them runs already. False when
+        dump_path can't be written."""
+        opened = self._opened(models)
+        if opened is not None:
+            opened[1].watch(models)
+        return opened is not None
+
     def resume(
         self, models: Mapping[str, nn.Module], requests: Sequence[Request] = (), padded_rows: int | None = None
     ) -> None:
@@ -143,10 +151,17 @@ class Session:
         return Watch(self.settings, self.operators, self.boundary, self.replays, running)
 
     def hush(self) -> None:
-        """Capture nothing until `resume` or the step's end, which come soon and before a CUDA graph is replayed."""
+        """Capture nothing until `go_on`, `resume` or the step's end, which come soon and before a CUDA graph is
+        replayed."""
         if self.capture is not None:
             self.capture.stop()
         self.capturing = False
+
+    def go_on(self) -> None:
+        """Capture as before `hush`, within the same step."""
+        if self._dirty and self.capture is not None:
+            self.capturing = True
+            self.capture.start()
 
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""

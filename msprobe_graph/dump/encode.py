@@ -7,7 +7,8 @@ which every JSON reader takes for infinities: msProbe's own tools read both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, Literal
 
 import msgspec
@@ -154,6 +155,22 @@ def fields(entry: Entry) -> dict[str, Any]:
     # A dict, because msProbe's compare searches every field of an entry for the key "md5".
     parts.setdefault("site", {"module": entry.module, "number": entry.number})
     return parts
+
+
+class OfEntries:
+    """What `encode` makes of one step's entries after the other's. Where they are the same objects as the last step's,
+    as they are where a step repeats, it is not asked again."""
+
+    def __init__(self, encode: Callable[[Sequence[Entry]], bytes]) -> None:
+        self._encode = encode
+        self._last: Sequence[Entry] | None = None
+        self._text = b""
+
+    def __call__(self, entries: Sequence[Entry]) -> bytes:
+        last = self._last
+        if last is None or len(entries) != len(last) or not all(map(is_, entries, last)):
+            self._text, self._last = self._encode(entries), entries
+        return self._text
 
 
 class SameAgain:

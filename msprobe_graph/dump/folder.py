@@ -10,15 +10,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import functools
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from msprobe_graph.extension import shared_library
 
 SCHEMA_VERSION = 1
 """The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
@@ -114,16 +118,60 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(part, path)  # noqa: PTH105, the path need not be taken apart
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], same: Mapping[str, Path]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], same: Mapping[str, Path]) -> bool:
     """Make a folder that nobody sees before all its files are there: with fewer calls of the system, which take longer
-    than the writing, than by `write_whole`. `same` has files with the contents of some, which become one with them."""
+    than the writing, than by `write_whole`. `same` has files with the contents of some, which become one with them.
+    False where there is one already: then nothing is done."""
     part = f"{folder}{PART}"
+    paths = {f"{part}/{name}": content for name, content in files.items()}
+    links = {f"{part}/{name}": path for name, path in same.items()}
+    if _write_natively(str(folder), part, paths, links):
+        return True
+    if folder.exists():
+        shutil.rmtree(part, ignore_errors=True)
+        return False
     _make(part)
-    for name, content in files.items():
-        path = f"{part}/{name}"
-        if name not in same or not _link(same[name], path):
+    for path, content in paths.items():
+        if path not in links or not _link(links[path], path):
             _write(path, content)
     os.rename(part, folder)  # noqa: PTH104, as above
+    return True
+
+
+def _write_natively(folder: str, part: str, files: Mapping[str, bytes], same: Mapping[str, Path]) -> bool:
+    """Whether that was done by the compiled code: not without it, nor where anything is in the way."""
+    write = _native()
+    if write is None:
+        return False
+    count = len(files)
+    strings = ctypes.c_char_p * count
+    return bool(
+        write(
+            os.fsencode(folder),
+            os.fsencode(part),
+            count,
+            strings(*map(os.fsencode, files)),
+            strings(*files.values()),
+            (ctypes.c_int64 * count)(*map(len, files.values())),
+            strings(*(os.fsencode(same[path]) if path in same else None for path in files)),
+        )
+    )
+
+
+@functools.cache
+def _native() -> Callable[..., int] | None:
+    """The code in folder.cpp, which is optional."""
+    path = shared_library(Path(__file__).parent, "_folder")
+    if path is None:
+        return None
+    try:
+        write = ctypes.CDLL(str(path)).msprobe_graph_write_folder
+    except (OSError, AttributeError):
+        return None
+    pointer = ctypes.c_void_p
+    write.restype = ctypes.c_int32
+    write.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, pointer, pointer, pointer, pointer)
+    return write
 
 
 def _make(folder: str) -> None:

@@ -63,7 +63,7 @@ class Manifests:
             "torch": str(torch.__version__),
             "model": provenance.model,
             "config": provenance.config,
-            "entries": sum(1 for _ in step.all_entries),
+            "entries": sum(len(block.entries) for block in step.blocks) + len(step.entries),
             "sharding": provenance.sharding,
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Iterable
-from operator import is_
 
 from .encode import tree
 from .records import Entry, StackFrame
@@ -14,10 +13,8 @@ class Stacks:
     """Encodes the stacks of one step after the other; those that equal the last step's are not encoded again."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        """Of the last step."""
         self._groups: list[tuple[list[str], tuple[StackFrame, ...]]] | None = None
-        """The same: entry names, and the stack that they came from."""
+        """Of the last step: entry names, and the stack that they came from."""
         self._text = b""
 
     def encode(self, entries: Iterable[Entry]) -> bytes:
@@ -25,10 +22,6 @@ class Stacks:
 
         A frame reads ``File /path/x.py, line 22, in forward, \\n y = self.linear(x)``.
         """
-        entries, last = list(entries), self._entries
-        if self._groups is not None and len(entries) == len(last) and all(map(is_, entries, last)):
-            return self._text
-        self._entries = entries
         groups: dict[int, tuple[list[str], tuple[StackFrame, ...]]] = {}
         for entry in entries:
             if entry.stack is not None:  # by identity: a capture shares one tuple between entries of one stack

@@ -18,10 +18,10 @@ import torch
 
 from .budget import Budget
 from .completion import encode_step
-from .encode import SameAgain, document, entry_lines, lines
+from .encode import OfEntries, SameAgain, document, entry_lines, lines
 from .folder import TENSOR_FOLDER, step_folder, write_folder, write_whole
 from .manifest import Manifests, Provenance
-from .records import Hole, Step
+from .records import Entry, Hole, Step
 from .saved import File, same_files
 from .stack import Stacks
 
@@ -40,9 +40,13 @@ class StepFiles:
         self.failed: OSError | None = None
         self._budget = budget
         self._manifests = Manifests(provenance)
-        self._stacks = Stacks()
+        self._stacks = OfEntries(Stacks().encode)
         self._tree = SameAgain()
         """Of construct.json."""
+        self._trees = OfEntries(lambda entries: self._tree.encode(self._construct(entries)))
+        self._begun: set[int] = set()
+        """The steps of which there is something that isn't finished. To ask the disk in each step costs a turn at the
+        interpreter's lock."""
         self._last: dict[str, tuple[bytes, Path]] = {}
         """Of the files that are mostly the same from step to step: contents, and where a file with them is."""
 
@@ -70,6 +74,7 @@ class StepFiles:
 
     def drop(self, step: int) -> None:
         """Remove what there is of a step."""
+        self._begun.discard(step)
         shutil.rmtree(self.folder(step), ignore_errors=True)
         with suppress(OSError):  # other processes have it, too
             self.folder(step).parent.rmdir()
@@ -109,19 +114,21 @@ class StepFiles:
 
     def _begin(self, folder: Path, step: int) -> None:
         """Make the step's folder, with a manifest that says that the step is not finished."""
+        self._begun.add(step)
         if not folder.exists():
             folder.mkdir(parents=True)
             write_whole(folder / "manifest.json", self._manifests.encode(Step(step)))
 
     def _write_step(self, step: Step) -> None:
         folder = self.folder(step.number)
-        begun = folder.exists()
-        head = self._head(folder)
+        begun = step.number in self._begun and folder.exists()
+        head = self._head(folder, begun)
         own = entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
+        entries = list(step.all_entries)
         files = {
             "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), own]),
-            "stack.json": self._stacks.encode(step.all_entries),
-            "construct.json": self._tree.encode(self._construct(step)),
+            "stack.json": self._stacks(entries),
+            "construct.json": self._trees(entries),
         }
         if step.saved:
             files["debug.json"] = document(head, [lines(step.saved.items())])
@@ -129,8 +136,11 @@ class StepFiles:
         if self._budget.full:
             step.holes.append(Hole("later steps", f"max_bytes ({self._budget.limit}) is reached"))
         files["manifest.json"] = self._manifests.encode(step)
-        if not begun:
-            write_folder(folder, files, self._same(folder, files))
+        if step.finished:
+            self._begun.discard(step.number)
+        else:
+            self._begun.add(step.number)
+        if not begun and write_folder(folder, files, self._same(folder, files)):
             return
         for name, content in files.items():
             write_whole(folder / name, content)
@@ -145,19 +155,19 @@ class StepFiles:
             self._last[name] = files[name], folder / name
         return same
 
-    def _construct(self, step: Step) -> dict[str, str | None]:
+    def _construct(self, entries: Sequence[Entry]) -> dict[str, str | None]:
         """Each entry's parent; empty at the levels that know no modules, as msProbe's is."""
         if self.provenance.level not in ("L0", "mix"):
             return {}
-        return {entry.name: entry.parent for entry in step.all_entries if entry.nested}
+        return {entry.name: entry.parent for entry in entries if entry.nested}
 
-    def _head(self, folder: Path) -> dict[str, str | None]:
+    def _head(self, folder: Path, begun: bool) -> dict[str, str | None]:
         tensors = folder / TENSOR_FOLDER
         return {
             "task": self.provenance.task,
             "level": self.provenance.level,
             "framework": "pytorch",
-            "dump_data_dir": str(tensors) if tensors.exists() else None,
+            "dump_data_dir": str(tensors) if begun and tensors.exists() else None,
         }
 
 

@@ -59,13 +59,14 @@ class Template:
         self._text = b"".join(pieces[::2])
         self._pieces = _array(ctypes.c_int64, [len(piece) for piece in pieces[::2]])
         self._numbers = _array(ctypes.c_int32, [field for number in between for field in number])
-        self._room = len(self._text) + sum(LONGEST + (number.word == NEGATIVES) * FINITES for number in between)
+        room = len(self._text) + sum(LONGEST + (number.word == NEGATIVES) * FINITES for number in between)
+        self._out = ctypes.create_string_buffer(room)
+        """Kept, because to get so much memory anew takes longer than to fill it."""
         self._fill = functools.partial(function, self._text, self._pieces, self._numbers, len(between))
 
     def fill(self, table: int) -> bytes:
-        """The text with the numbers of the table at that address."""
-        out = ctypes.create_string_buffer(self._room)
-        return ctypes.string_at(out, self._fill(table, out))
+        """The text with the numbers of the table at that address. To be called by one thread at a time."""
+        return ctypes.string_at(self._out, self._fill(table, self._out))
 
 
 def fills() -> bool:

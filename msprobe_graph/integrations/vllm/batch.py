@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
@@ -54,22 +54,18 @@ def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[R
     names = {request: client_name(request) for request in order}
     used = Counter(names.values())
     progress = _progress(worker.model_runner, scheduler_output)
+    tokens, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
     found, begin = [], 0
     for request, name in names.items():
-        end = begin + scheduler_output.num_scheduled_tokens[request]
+        count = tokens[request]
         first, prompt, known = progress[request]
-        drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
-        decodes = known > prompt and first == known - 1 and end - begin == 1 + drafts
-        found.append(
-            Request(
-                name if used[name] == 1 else request,
-                begin,
-                end,
-                phase="decode" if decodes else "prefill",
-                positions=(first, first + end - begin),
-            )
+        made = 1 + len(drafts[request]) if request in drafts else 1
+        phase: Literal["prefill", "decode"] = (
+            "decode" if known > prompt and first == known - 1 and count == made else "prefill"
         )
-        begin = end
+        shown = name if used[name] == 1 else request
+        found.append(Request(shown, begin, begin + count, phase, (first, first + count)))
+        begin += count
     return found
 
 
@@ -101,16 +97,20 @@ def _progress(runner: Any, scheduler_output: Any) -> dict[str, Progress]:
         known = len(new.prefill_token_ids or ()) or prompt
         found[new.req_id] = Progress(new.num_computed_tokens, prompt, known)
     cached = scheduler_output.scheduled_cached_reqs
-    each = zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True)
-    for request, computed, made in each:
-        prompt = _prompt_length(runner, request)
+    prompt_length = _prompt_lengths(runner)
+    for request, computed, made in zip(
+        cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
+    ):
+        prompt = prompt_length(request)
         found[request] = Progress(computed, prompt, prompt + made)
     return found
 
 
-def _prompt_length(runner: Any, request: str) -> int:
-    """Of a request that the runner has met before."""
+def _prompt_lengths(runner: Any) -> Callable[[str], int]:
+    """Gives those of requests that the runner has met before."""
     states = getattr(runner, "req_states", None)  # V2's
     if states is None:
-        return int(runner.requests[request].num_prompt_tokens)
-    return int(states.prompt_len.np[states.req_id_to_index[request]])
+        met = runner.requests
+        return lambda request: met[request].num_prompt_tokens
+    lengths, index = states.prompt_len.np, states.req_id_to_index
+    return lambda request: int(lengths[index[request]])

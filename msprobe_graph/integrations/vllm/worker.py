@@ -36,8 +36,11 @@ class WorkerCapture:
     |---|---|
     | load_model | when it returns, the model is there, and nothing of it compiled |
     | compile_or_warm_up_model | when it returns, warm-up, profiling and graph capture are over |
-    | execute_model | begins a step; runs the model and, but for model runner V2, computes the logits |
+    | execute_model | begins a step; lays out the batch, runs the model and, but for model runner V2, computes the logits |
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
+
+    What is captured begins with the model's forward, when the batch is laid out: how a runner does that differs between
+    versions and platforms, and is no part of the model. Where a model has encoders, which run before, it begins there.
 
     A call of execute_model with nothing scheduled is no step, but tells which requests are over. A step is on disk
     before its result is returned, because vLLM kills its processes when it is stopped. In one of them that computes on
@@ -65,6 +68,8 @@ class WorkerCapture:
         self._padded: int | None = None
         """How many rows that step's batch has with its padding, once the model has begun to run."""
         self._behind = 0
+        self._encodes = False
+        """The model may compute something before its forward."""
         self._boundary = Boundary()
         self._graphs: GraphCapture | None = None
         """Puts taps into what is compiled; None where nothing is."""
@@ -137,7 +142,7 @@ class WorkerCapture:
     def _sample_tokens(self, sample_tokens: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._scheduled is None:
             return sample_tokens(*args, **kwargs)
-        self._within_step(self._resume)
+        self._within_step(self._go_on)
         output = self._watched(sample_tokens, *args, **kwargs)
         self._safely(self._end)
         return output
@@ -170,6 +175,7 @@ class WorkerCapture:
         if self._graphs is not None:
             self._graphs.warm(model)
         runner = self._worker.model_runner
+        self._encodes = runner.supports_mm_inputs
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
         if hasattr(runner, "_model_forward"):  # V1's; what it calls may be a CUDA graph, in which no hook runs
@@ -188,8 +194,9 @@ class WorkerCapture:
         self._scheduled, self._batch, self._padded, self._captured = scheduler_output, None, None, False
         session = self._debugger.session
         if self._wanted(scheduler_output):
-            session.resume(self._models)
-            self._captured = session.capturing
+            self._captured = session.attend(self._models)
+            if self._captured and self._encodes:
+                session.resume(self._models)
         else:
             session.leave()
 
@@ -219,8 +226,15 @@ class WorkerCapture:
         if self._scheduled is not None and self._captured:
             self._safely(act)
 
+    def _go_on(self) -> None:
+        """To the sampling."""
+        if self._batch is None:
+            self._resume()
+        else:
+            self._debugger.session.go_on()
+
     def _resume(self) -> None:
-        """Go on, with the requests where they are in the batch, which is known once it has been laid out."""
+        """Capture, with the requests where they are in the batch, which is known once it has been laid out."""
         if self._batch is None:
             self._batch = requests(self._worker, self._scheduled, row_order(self._worker, self._scheduled))
             self._padded = padded_rows(self._worker)
