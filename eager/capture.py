@@ -171,11 +171,12 @@ class EagerCapture:
     def sites(self) -> tuple[int, int, list[Hole]]:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
-        recorder = self._context.recorder
-        state = self._context.numbering.counts(), list(recorder.replays), list(recorder.entries)
-        if state != self._sites_of:
+        recorder, calls = self._context.recorder, self._context.numbering.calls
+        names = list(recorder.entries)
+        if self._sites_of != (calls, recorder.replays, names):
+            self._sites_of = dict(calls), list(recorder.replays), names
             replayed = (name for call in recorder.replays for name in call.entries)
-            self._sites_of, self._sites = state, self._count_sites(chain(replayed, recorder.entries))
+            self._sites = self._count_sites(chain(replayed, names))
         return self._sites
 
     def _count_sites(self, names: Iterable[str]) -> tuple[int, int, list[Hole]]:

@@ -55,10 +55,6 @@ class Numbering:
         self.calls[name] = number + 1
         return number
 
-    def counts(self) -> dict[str, int]:
-        """How many calls of each name have been counted."""
-        return dict(self.calls)
-
     def stands_at(self, counts: Counts) -> bool:
         """Whether so many calls have been counted."""
         return _agree(self.calls, counts.calls) and _agree(self.within_modules, counts.within_modules)

@@ -48,8 +48,8 @@ def complete(record: TensorRecord, found: Statistics) -> None:
 
 
 def reset(record: TensorRecord, shape: tuple[int, ...]) -> None:
-    """Remove from the record of a replayed value what an earlier step has filled in. What is left is that of a value all
-    of which is finite, but for its statistics."""
+    """Remove from the record of a replayed value what an earlier step has filled in. What is left is the record of
+    values that are all finite, but for their statistics."""
     record.shape = shape
     record.reason = msgspec.UNSET
     record.nan_count = record.posinf_count = record.neginf_count = 0

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from msprobe_graph.dump.records import Entry, Hole, Shared
-from msprobe_graph.taps.likeness import Likeness, is_weight
+from msprobe_graph.taps.likeness import FORMS, Likeness, is_weight
 
 from .numbered import Counted, prefixes
 from .plan import Part, Plan
@@ -26,9 +26,6 @@ from .plan import Part, Plan
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
     from msprobe_graph.taps.recorder import Recorder
-
-MOST_KEPT = 4
-"""Runs that are kept of one call of a graph: with inputs of other sizes it is another run."""
 
 Found = Mapping[tuple[int, str | None], Any]
 """Records, by the id of a value and by the file where it is saved, if it is."""
@@ -212,4 +209,4 @@ class EarlierRuns:
 
     def keep(self, number: int, run: EarlierRun) -> None:
         """For later calls of this number."""
-        self._runs[number] = [run, *self._runs[number]][:MOST_KEPT]
+        self._runs[number] = [run, *self._runs[number]][:FORMS]

@@ -99,6 +99,15 @@ def test_logits_are_captured(captured: Captured) -> None:
             assert chosen == [captured.tokens[int(request)][number] for request in rows(step)]
 
 
+def test_capture_begins_with_the_model(captured: Captured) -> None:
+    """Not with the layout of the batch, which is the runner's."""
+    if captured.level == "L0":
+        pytest.skip("operators are captured at L1 and mix")
+    for step in captured.steps:
+        operators = [entry["site"]["module"] for name, entry in step.data.items() if not name.startswith("Module.")]
+        assert operators[0] == "model.embed_tokens"
+
+
 def test_custom_operators_with_what_they_write_into_their_arguments(captured: Captured) -> None:
     if captured.level == "L0":
         pytest.skip("operators are captured at L1 and mix")

@@ -36,7 +36,7 @@ class WorkerCapture:
     |---|---|
     | load_model | when it returns, the model is there, and nothing of it compiled |
     | compile_or_warm_up_model | when it returns, warm-up, profiling and graph capture are over |
-    | execute_model | begins a step; lays out the batch, runs the model and, but for model runner V2, computes the logits |
+    | execute_model | begins a step: lays out the batch, runs the model and, in model runner V1, computes the logits |
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
     What is captured begins with the model's forward, when the batch is laid out: how a runner does that differs between
