@@ -95,6 +95,7 @@ class StepFiles:
             )
 
     def _write_file(self, file: File) -> None:
+        self._begun.add(file.step)
         path = self.tensor_file(file.step, file.name)
         if not path.parent.exists():
             self._begin(path.parent.parent, file.step)
@@ -114,7 +115,6 @@ class StepFiles:
 
     def _begin(self, folder: Path, step: int) -> None:
         """Make the step's folder, with a manifest that says that the step is not finished."""
-        self._begun.add(step)
         if not folder.exists():
             folder.mkdir(parents=True)
             write_whole(folder / "manifest.json", self._manifests.encode(Step(step)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -221,3 +222,27 @@ def test_values_whose_file_was_deleted_are_to_be_saved_anew(new_writer: NewWrite
     assert not writer.save_again(1, "weight.pt", saved)
     writer.flush()
     assert writer.files.failed is None
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_step_whose_folder_is_there_already_is_written_into_it(
+    new_writer: NewWriter, tmp_path: Path, saves: bool
+) -> None:
+    """As by a process that was started anew within the same run."""
+    first = new_writer(tmp_path / "dump")
+    first.save(0, "x.pt", torch.ones(3))
+    first.flush()
+    writer = new_writer(tmp_path / "dump")
+    if saves:
+        writer.save(0, "y.pt", torch.ones(3))
+    writer.submit(Step(0, [Entry("Module.a.A.forward.0", {})], finished=True))
+    writer.flush()
+    folder = writer.files.folder(0)
+    step = read(folder)
+    assert step.finished
+    assert list(step.data) == ["Module.a.A.forward.0"]
+    tensors = folder / "dump_tensor_data"
+    assert {path.name for path in tensors.iterdir()} == ({"x.pt", "y.pt"} if saves else {"x.pt"})
+    told = json.loads((folder / "dump.json").read_bytes())["dump_data_dir"]
+    assert told == (str(tensors) if saves else None)
+    assert list(folder.parent.iterdir()) == [folder]

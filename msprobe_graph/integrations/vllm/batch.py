@@ -69,6 +69,11 @@ def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[R
     return found
 
 
+def encodes(worker: Any) -> bool:
+    """Whether the model may compute something before its forward: what a runner doesn't tell is assumed."""
+    return bool(getattr(worker.model_runner, "supports_mm_inputs", True))
+
+
 def padded_rows(worker: Any) -> int | None:
     """How many rows the model runs, or ran, with in this step; None where that can't be told."""
     if is_forward_context_available():

@@ -17,7 +17,7 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.records import Request
 
 from . import log, run_name
-from .batch import client_name, padded_rows, requests, row_order
+from .batch import client_name, encodes, padded_rows, requests, row_order
 from .compiled import heed_hooks
 from .sharding import sharding
 
@@ -175,7 +175,7 @@ class WorkerCapture:
         if self._graphs is not None:
             self._graphs.warm(model)
         runner = self._worker.model_runner
-        self._encodes = runner.supports_mm_inputs
+        self._encodes = encodes(self._worker)
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
         if hasattr(runner, "_model_forward"):  # V1's; what it calls may be a CUDA graph, in which no hook runs
