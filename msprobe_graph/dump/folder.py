@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from msprobe_graph.extension import shared_library
+from msprobe_graph.extension import compiled_function
 
 SCHEMA_VERSION = 1
 """The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
@@ -161,17 +161,9 @@ def _write_natively(folder: str, part: str, files: Mapping[str, bytes], same: Ma
 @functools.cache
 def _native() -> Callable[..., int] | None:
     """The code in folder.cpp, which is optional."""
-    path = shared_library(Path(__file__).parent, "_folder")
-    if path is None:
-        return None
-    try:
-        write = ctypes.CDLL(str(path)).msprobe_graph_write_folder
-    except (OSError, AttributeError):
-        return None
-    pointer = ctypes.c_void_p
-    write.restype = ctypes.c_int32
-    write.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, pointer, pointer, pointer, pointer)
-    return write
+    pointer, text = ctypes.c_void_p, ctypes.c_char_p
+    arguments = text, text, ctypes.c_int64, pointer, pointer, pointer, pointer
+    return compiled_function(Path(__file__).parent, "_folder", "msprobe_graph_write_folder", ctypes.c_int32, *arguments)
 
 
 def _make(folder: str) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from msprobe_graph.extension import shared_library
+from msprobe_graph.extension import compiled_function
 
 LONGEST = 32
 """Bytes that a number may take."""
@@ -76,17 +76,9 @@ def fills() -> bool:
 
 @functools.cache
 def _function() -> Callable[..., int] | None:
-    path = shared_library(Path(__file__).parent, "_template")
-    if path is None:
-        return None
-    try:
-        fill = ctypes.CDLL(str(path)).msprobe_graph_fill
-    except (OSError, AttributeError):
-        return None
-    fill.restype = ctypes.c_int64
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    fill.argtypes = (ctypes.c_char_p, pointer, pointer, size, pointer, pointer)
-    return fill
+    arguments = ctypes.c_char_p, pointer, pointer, size, pointer, pointer
+    return compiled_function(Path(__file__).parent, "_template", "msprobe_graph_fill", size, *arguments)
 
 
 def _array(kind: type[ctypes._SimpleCData[int]], numbers: Sequence[int]) -> ctypes.Array[ctypes._SimpleCData[int]]:

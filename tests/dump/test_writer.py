@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from msprobe_graph.config import load_settings
+from msprobe_graph.dump import folder as folder_module
 from msprobe_graph.dump import step_files
 from msprobe_graph.dump.folder import write_folder, write_whole
 from msprobe_graph.dump.reader import DumpError, read, steps
@@ -112,7 +113,12 @@ def test_a_step_that_is_written_at_once_is_not_seen_before_it_is_whole(tmp_path:
     assert steps(tmp_path) == [folder]
 
 
-def test_files_that_are_the_same_in_each_step_are_one(new_writer: NewWriter) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_files_that_are_the_same_in_each_step_are_one(
+    new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(folder_module, "_native", lambda: None)
     writer = new_writer()
     inodes: list[list[int]] = []
     for number, line in enumerate((1, 1, 1, 2)):
