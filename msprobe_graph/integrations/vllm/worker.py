@@ -40,7 +40,8 @@ class WorkerCapture:
     | sample_tokens | ends the step; on pipeline ranks before the last execute_model does |
 
     What is captured begins with the model's forward, when the batch is laid out: how a runner does that differs between
-    versions and platforms, and is no part of the model. Where a model has encoders, which run before, it begins there.
+    versions and platforms, and is no part of the model. Where a model has encoders, which run before, and in model
+    runner V2, whose replay of a whole model nobody sees begin, it begins with the step.
 
     A call of execute_model with nothing scheduled is no step, but tells which requests are over. A step is on disk
     before its result is returned, because vLLM kills its processes when it is stopped. In one of them that computes on
@@ -68,8 +69,8 @@ class WorkerCapture:
         self._padded: int | None = None
         """How many rows that step's batch has with its padding, once the model has begun to run."""
         self._behind = 0
-        self._encodes = False
-        """The model may compute something before its forward."""
+        self._early = False
+        """What is captured begins with the step."""
         self._boundary = Boundary()
         self._graphs: GraphCapture | None = None
         """Puts taps into what is compiled; None where nothing is."""
@@ -175,10 +176,11 @@ class WorkerCapture:
         if self._graphs is not None:
             self._graphs.warm(model)
         runner = self._worker.model_runner
-        self._encodes = encodes(self._worker)
+        v1 = hasattr(runner, "_model_forward")
+        self._early = encodes(self._worker) or not v1
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
-        if hasattr(runner, "_model_forward"):  # V1's; what it calls may be a CUDA graph, in which no hook runs
+        if v1:  # what this calls may be a CUDA graph, in which no hook runs
             runner._model_forward = functools.partial(self._model_forward, runner._model_forward)
         elif mode != CompilationMode.STOCK_TORCH_COMPILE:
             model.register_forward_pre_hook(lambda *_: self._within_step(self._resume), prepend=True)
@@ -195,7 +197,7 @@ class WorkerCapture:
         session = self._debugger.session
         if self._wanted(scheduler_output):
             self._captured = session.attend(self._models)
-            if self._captured and self._encodes:
+            if self._captured and self._early:
                 session.resume(self._models)
         else:
             session.leave()
