@@ -2,7 +2,21 @@
 
 from setuptools import Extension, find_packages, setup
 
-PATTERN = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks")
+HEADERS = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks")
+PATTERN = [f"msprobe_graph/taps/pattern/{name}.h" for name in HEADERS]
+
+
+def cpp(source, name, *flags, **given):
+    """An optional library of one C++ file; both names are relative to the package."""
+    return Extension(
+        f"msprobe_graph.{name}",
+        sources=[f"msprobe_graph/{source}"],
+        extra_compile_args=["-O3", "-std=c++17", *flags],
+        language="c++",
+        optional=True,
+        **given,
+    )
+
 
 setup(
     # The top-level folder eager/ is installed as msprobe_graph.eager: site-packages gets no package called "eager".
@@ -22,38 +36,12 @@ setup(
             optional=True,
         ),
         # Plain C++ of CPython's, no torch headers. Without it calls are described anew in each step.
-        Extension(
-            "msprobe_graph.taps._pattern",
-            sources=["msprobe_graph/taps/pattern/pattern.cpp"],
-            depends=[f"msprobe_graph/taps/pattern/{name}.h" for name in PATTERN],
-            extra_compile_args=["-O3", "-std=c++17"],
-            language="c++",
-            optional=True,
-        ),
+        cpp("taps/pattern/pattern.cpp", "taps._pattern", depends=PATTERN),
         # Without it what CUDA graphs replay is encoded by Python, several times slower.
-        Extension(
-            "msprobe_graph.dump._template",
-            sources=["msprobe_graph/dump/template.cpp"],
-            extra_compile_args=["-O3", "-std=c++17"],
-            language="c++",
-            optional=True,
-        ),
+        cpp("dump/template.cpp", "dump._template"),
         # Without it a step's files are written by Python, which waits for its lock after each call of the system.
-        Extension(
-            "msprobe_graph.dump._folder",
-            sources=["msprobe_graph/dump/folder.cpp"],
-            extra_compile_args=["-O2", "-std=c++17"],
-            language="c++",
-            optional=True,
-        ),
+        cpp("dump/folder.cpp", "dump._folder"),
         # Without it acl_save saves nothing from inside CUDA graphs, and says so.
-        Extension(
-            "msprobe_graph.taps._host_queue",
-            sources=["msprobe_graph/taps/host_queue.cpp"],
-            extra_compile_args=["-O2", "-std=c++17", "-pthread"],
-            extra_link_args=["-pthread"],
-            language="c++",
-            optional=True,
-        ),
+        cpp("taps/host_queue.cpp", "taps._host_queue", "-pthread", extra_link_args=["-pthread"]),
     ],
 )

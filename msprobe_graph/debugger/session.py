@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import nn
 
-from msprobe_graph.config import ConfigError, ConfigWatch, Settings, Slice, entry_matcher
+from msprobe_graph.config import ConfigError, ConfigWatch, Settings, entry_matcher
 from msprobe_graph.config.operators import OperatorTable
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.folder import claim, run_identity
@@ -32,6 +32,7 @@ from msprobe_graph.taps.recorder import Recorder
 from msprobe_graph.version import __version__
 
 from . import sessions, user_signal
+from .request_rows import rows_that_count, slices
 from .saved_gradients import await_gradients
 
 log = logging.getLogger("msprobe_graph")
@@ -114,7 +115,7 @@ class Session:
         if opened is None:
             return
         recorder, capture = opened
-        cut = self._cut(requests)
+        cut = slices(self.settings, requests)
         if cut is None:
             self.fire("request")
             return
@@ -125,7 +126,7 @@ class Session:
         capture.watch(models)
         self._dirty = self.capturing = True
         capture.start()
-        self.boundary.attempt(GRAPHS, self.replays.switch, True, *_rows_of(requests, cut))
+        self.boundary.attempt(GRAPHS, self.replays.switch, True, *rows_that_count(requests, cut))
 
     def follow(self, running: Sequence[nn.Module]) -> None:
         """Capture the compiled graphs of the outermost of the modules that are `running`, innermost first, and the
@@ -346,42 +347,12 @@ class Session:
             )
         return step
 
-    def _cut(self, requests: Sequence[Request]) -> Sequence[Slice] | None:
-        """The slices that apply to every tensor; None when the request that is asked for has no rows in this step.
-
-        A tensor with a row for each token of the batch is cut to the request's tokens, one with a row for each request
-        (logits, sampled tokens) to its one row. They are told by their length.
-        """
-        wanted = self.settings.request_id
-        if wanted is None or not requests:
-            return self.settings.slice
-        names = [request.request for request in requests]
-        meant = [name for name in names if name == wanted] or [name for name in names if name.startswith(f"{wanted}-")]
-        if not meant:
-            return None
-        index = names.index(meant[0])
-        rows = requests[index]
-        return (
-            *self.settings.slice,
-            Slice(dim=0, begin=index, end=index + 1, size=len(requests)),
-            Slice(dim=0, begin=rows.begin, end=rows.end, size=requests[-1].end),
-        )
-
     def _process_rank(self) -> int | None:
         if self.rank is not None:
             return self.rank
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank()
         return None
-
-
-def _rows_of(requests: Sequence[Request], cut: Sequence[Slice]) -> tuple[int, int]:
-    """Which rows of the batch count: from the first up to but without the second (-1: all)."""
-    if not requests:
-        return 0, -1
-    rows = requests[-1].end
-    own = next((part for part in cut if part.dim == 0 and part.size == rows and part.end is not None), None)
-    return (0, rows) if own is None else (own.begin, own.end or rows)
 
 
 def _operators(settings: Settings) -> OperatorTable:
