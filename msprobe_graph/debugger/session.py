@@ -118,6 +118,7 @@ class Session:
         cut = slices(self.settings, requests)
         if cut is None:
             self.fire("request")
+            self.rest()
             return
         padding = None
         if requests and padded_rows is not None and padded_rows > requests[-1].end:
@@ -164,22 +165,27 @@ class Session:
             self.capturing = True
             self.capture.start()
 
+    def rest(self) -> None:
+        """What CUDA graphs replay until `resume` is nobody's."""
+        self.boundary.attempt(GRAPHS, self.replays.switch, False)
+
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
         if self.capturing and self._writer is not None:
             self.hush()
-            self.boundary.attempt(GRAPHS, self.replays.switch, False)
+            self.rest()
             self._writer.draft(partial(self._as_step, finished=False))
 
-    def next_step(self) -> None:
-        """The running step is over."""
+    def next_step(self, at_once: bool = False) -> None:
+        """The running step is over. at_once: no CUDA graph is replayed before `resume` or `rest`."""
         self._undraft()
         self.hush()
         if self._dirty and self._writer is not None and self.capture is not None and self._recorder is not None:
             self._captured_steps += 1
             self.replays.record(self.capture.context)
             self._writer.submit(self._as_step(finished=True))
-            self.boundary.attempt(GRAPHS, self.replays.switch, False)
+            if not at_once:
+                self.rest()
         self.step += 1
         self._begin_step()
 
@@ -235,6 +241,7 @@ class Session:
     def leave(self) -> None:
         """Take every hook and mode of ours away; `resume` puts them back."""
         self.pause()
+        self.rest()
         if self.capture is not None:
             self.capture.remove()
 

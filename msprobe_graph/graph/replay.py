@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msprobe_graph.dump.boundary import Boundary
-from msprobe_graph.eager._compat import plainly, unseen
+from msprobe_graph.eager._compat import unseen
 from msprobe_graph.taps.device import Accelerator
 from msprobe_graph.taps.device import of as device_of
 from msprobe_graph.taps.graph_copies import GraphCopies
+from msprobe_graph.taps.likeness import form
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 from msprobe_graph.taps.rows import has_triton
 
@@ -29,6 +30,7 @@ from .saving import Saving
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
     from msprobe_graph.taps.arrival import Slot
+    from msprobe_graph.taps.likeness import Pattern
     from msprobe_graph.taps.replayed import ReplayedCall
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
@@ -37,13 +39,16 @@ if TYPE_CHECKING:
 
 class Recorded:
     """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
-    but for the values, which come from the device, one step is like the other."""
+    but for the values, which come from the device, one step is like the other. Without the compiled code that tells
+    there is none."""
 
-    def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor], as_they_were: Pattern
+    ) -> None:
         self._call = call
         self._counted = counted
         self._weights = weights
-        self._versions = self._found_versions()
+        self._as_they_were = as_they_were
 
     @classmethod
     def of(
@@ -65,21 +70,19 @@ class Recorded:
             if module is not None
             for weight in module.parameters(recurse=False)
         }
-        if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
+        every = [*weights.values(), *lasting]
+        if any(weight.is_inference() for weight in every):  # these have no version
             return None
-        return cls(call, Counted.by(plan, named), [*weights.values(), *lasting])
+        found = form(every)
+        return None if found is None else cls(call, Counted.by(plan, named), every, found.pattern)
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
-        return context.numbering.stands_at(self._counted.before) and self._versions == self._found_versions()
+        return context.numbering.stands_at(self._counted.before) and self._as_they_were.matches(self._weights)
 
     def repeat(self, context: Context) -> None:
         context.numbering.go_to(self._counted.after)
         context.recorder.replays.append(self._call)
-
-    def _found_versions(self) -> list[int]:
-        with plainly():
-            return [weight._version for weight in self._weights]
 
 
 class Frame:
@@ -265,6 +268,7 @@ class Replays:
             region = reference()
             if region is not None:
                 region.frames.begin_step()
+        self.switch(False)
         with unseen():
             for rows in self._rows.values():
                 if rows is not None:

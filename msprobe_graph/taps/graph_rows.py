@@ -10,9 +10,10 @@ import torch
 import triton.language as tl
 
 from . import triton_kernels as kernels
-from .arrival import WORDS, Arrival, Shape, Slot
+from .arrival import Arrival, Shape, Slot
 from .graph_copies import GraphCopies
-from .launching import launch
+from .landing import Landings
+from .launching import launch, on_device
 from .triton_copies import copy_listed
 from .triton_rows import DENSE, FINISHING_WARPS, KINDS, WARPS, Kind, layout, meaning, parts
 
@@ -31,6 +32,7 @@ class GraphRows:
         """`copies`: None where nothing is to be copied."""
         self.device = device
         self._copies = copies
+        self._landings = Landings()
         self._slots: list[Slot] = []
         self._shapes: list[Shape] = []
         self._used_rows = 0
@@ -140,7 +142,7 @@ class GraphRows:
         state = (1, begin, end) if on else (0, *self._state[1:])
         if state != self._state:
             self._state = state
-            with torch.cuda.device(self.device):
+            with on_device(self.device):
                 self._wait()
                 launch(kernels.set_control, 1, self._control, *state)
 
@@ -148,21 +150,18 @@ class GraphRows:
         count = len(self._slots)
         if not count:
             return None
-        with torch.cuda.device(self.device):
+        with on_device(self.device):
             return self._arrive(count, copied)
 
     def _arrive(self, count: int, copied: Collection[Slot]) -> Arrival:
         rows = self._state[1], self._state[2]
         self._wait()
-        out = torch.empty((count, WORDS), dtype=torch.int64, device=self.device)
-        launch(kernels.finish, count, self._rows, self._headers, out, self._control, num_warps=FINISHING_WARPS)
-        host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-        host.copy_(out, non_blocking=True)
-        self._state = (0, *rows)
+        landing = self._landings.take(count)
+        parameters = self._rows, self._headers, landing.words
+        launch(kernels.finish, count, *parameters, ANEW=True, num_warps=FINISHING_WARPS)
         copies = None if self._copies is None else self._copies.bring(copied, rows)
-        event = torch.Event(self.device)
-        event.record()
-        return Arrival(host, event, self._shapes, rows, copies)
+        landing.expect(torch.cuda.current_stream(self.device))
+        return Arrival(landing.words, landing, self._shapes, rows, copies)
 
     def _aside(self) -> torch.cuda.StreamContext:
         """A context beside the graph that is being captured. There are few streams, so the one that was taken may come

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import triton_kernels as kernels
-from .arrival import WORDS
-from .launching import launch
+from .launching import launch, on_stream
 from .triton_rows import FINISHING_WARPS, KINDS, WARPS, layout, meaning, measuring, parts
 
 if TYPE_CHECKING:
+    from .landing import Landing
     from .likeness import Table
     from .row_memory import RowMemory
 
@@ -68,7 +68,7 @@ class LaunchedRows:
         self._table = table
         self._memory = memory
         self._chunk = memory.take(memory.room, self._stream)
-        self._arrival: tuple[torch.Tensor, torch.Event] | None = None
+        self._landing: Landing | None = None
         device = self._stream.device
         table.attach(device.index, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
 
@@ -76,29 +76,25 @@ class LaunchedRows:
         """Have what was measured brought to the host, without waiting for it. When it is `finished` nothing is added
         any more."""
         headers = self._table.headers()
-        with torch.cuda.stream(self._stream):
-            if headers:
-                self._arrival = self._bring(headers)
-            if finished:
-                if self._table.ran_out():
-                    self._memory.make_room()
-                self._memory.give_back(self._chunk, self._table.used(), self._stream)
+        if headers:
+            with on_stream(self._stream):
+                self._bring(self._memory.headers(headers, self._stream.device), finished)
+        if finished:
+            if self._table.ran_out():
+                self._memory.make_room()
+            self._memory.give_back(self._chunk, self._stream)
 
-    def _bring(self, headers: bytes) -> tuple[torch.Tensor, torch.Event]:
-        device = self._stream.device
-        where = self._memory.headers(headers, device)
-        out = torch.empty((len(where), WORDS), dtype=torch.int64, device=device)
-        launch(kernels.finish, len(where), self._chunk, where, out, None, num_warps=FINISHING_WARPS)
-        host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-        host.copy_(out, non_blocking=True)
-        event = torch.Event(device)
-        event.record()
-        return host, event
+    def _bring(self, headers: torch.Tensor, finished: bool) -> None:
+        count = len(headers)
+        self._landing = self._memory.landings.take(count)
+        parameters = self._chunk, headers, self._landing.words
+        launch(kernels.finish, count, *parameters, ANEW=finished, num_warps=FINISHING_WARPS)
+        self._landing.expect(self._stream)
 
     def words(self) -> bytes:
         """The rows, WORDS int64s each, in the order in which they were measured. Waits for the GPU."""
-        if self._arrival is None:
+        if self._landing is None:
             return b""
-        host, event = self._arrival
-        event.synchronize()
-        return ctypes.string_at(host.data_ptr(), host.nbytes)
+        self._landing.synchronize()
+        words = self._landing.words
+        return ctypes.string_at(words.data_ptr(), words.nbytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Kernel(NamedTuple):
 
 class Launching:
     """
-    >>> launch(kernels.finish, count, rows, headers, out, None, num_warps=2)     # kernels.finish[(count,)](rows, ...)
+    >>> launch(kernels.finish, count, rows, headers, out, ANEW=False, num_warps=2)      # finish[(count,)](rows, ...)
     """
 
     def __init__(self) -> None:
@@ -111,5 +112,19 @@ def _set_up() -> bool:
     return True
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which `device` is the current one; nothing where it is, which costs a tenth."""
+    return _NOTHING if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
+
+
+def on_stream(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+    """The same of a stream and its device."""
+    index = stream.device.index
+    if torch._C._cuda_getDevice() == index and torch._C._cuda_getCurrentRawStream(index) == stream.cuda_stream:
+        return _NOTHING
+    return torch.cuda.stream(stream)
+
+
+_NOTHING = nullcontext()
 launch = Launching()
 """This process's: kernels are loaded once."""

@@ -42,6 +42,9 @@ MAX_DEPTH = 10
 class Pattern(Protocol):
     """What values are to be like, part by part."""
 
+    def matches(self, values: object) -> bool:
+        """Whether they are. Nothing is measured."""
+
 
 class Table(Protocol):
     """The rows of one step. `begin` and `end` raise nothing: what they can't do is to be done anew.
@@ -92,9 +95,6 @@ class Table(Protocol):
 
     def headers(self) -> bytes:
         """Of each value that was measured there the number of its header's row, as int64s."""
-
-    def used(self) -> int:
-        """How many of those rows are taken."""
 
     def ran_out(self) -> bool:
         """Whether they were too few."""

@@ -95,7 +95,6 @@ class PlainGraphRows:
         if not count:
             return None
         rows = self._state[1], self._state[2]
-        self.switch(False)
         copies = None if self._copies is None else self._copies.bring(copied, rows)
         with torch.inference_mode(False):
             host, wait = self._device.to_host(self._words[:count])

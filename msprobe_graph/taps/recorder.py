@@ -116,8 +116,9 @@ class Recorder:
         self.table = None if cut or padding is not None else self._table
         if self.table is not None and self._launched is None and self._launches_on is not None:
             from .launches import LaunchedRows
+            from .launching import on_device
 
-            with torch.cuda.device(self._launches_on):
+            with on_device(self._launches_on):
                 self._launched = LaunchedRows(self.table, self._row_memory)
 
     def seal(self, finished: bool) -> None:

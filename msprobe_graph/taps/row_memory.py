@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .landing import Landings
+
 CHUNK = 1 << 17
 """Rows that are allocated at once: 8 MiB."""
 MOST = 1 << 21
@@ -15,7 +17,7 @@ MOST = 1 << 21
 
 
 class RowMemory:
-    """Chunks of rows that hold zeros, for the stream that takes them.
+    """Chunks of rows whose first words are zeros, for the stream that takes them.
 
     A step that is over gives its chunks back, so they are allocated in the first steps only, and never in a pool of
     memory that is set up for CUDA graphs, where torch finds what it did not expect.
@@ -26,6 +28,7 @@ class RowMemory:
         """By device and stream: what one stream zeroes, another may not use at once."""
         self._lock = threading.Lock()
         self._headers: tuple[bytes, torch.device, torch.Tensor] | None = None
+        self.landings = Landings()
         self.room = CHUNK
         """Rows for one step's calls that are like earlier ones."""
 
@@ -34,7 +37,7 @@ class RowMemory:
         self.room = min(2 * self.room, MOST)
 
     def take(self, rows: int, stream: torch.cuda.Stream) -> torch.Tensor:
-        """int64 zeros of shape [`rows` or more, 8]."""
+        """int64s of shape [`rows` or more, 8]."""
         with self._lock:
             free = self._free[stream.device, stream.cuda_stream]
             fitting = next((at for at, chunk in enumerate(free) if rows <= len(chunk)), None)
@@ -43,11 +46,10 @@ class RowMemory:
         with ThreadPoolExecutor(1) as elsewhere:  # such pools take what one thread allocates
             return elsewhere.submit(_zeros, max(CHUNK, rows), stream).result()
 
-    def give_back(self, chunk: torch.Tensor, used: int, stream: torch.cuda.Stream) -> None:
-        """A chunk of whose rows only the first `used` are no longer zeros, and which nothing but what the stream has to
-        do already still reads. To be called with that stream as the current one."""
+    def give_back(self, chunk: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """A chunk whose rows begin with zeros again, and which nothing but what the stream has to do already still
+        uses."""
         if len(chunk) in (CHUNK, self.room):
-            chunk[:used].zero_()
             with self._lock:
                 self._free[stream.device, stream.cuda_stream].append(chunk)
 

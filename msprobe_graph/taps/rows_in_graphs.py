@@ -43,9 +43,9 @@ class RowsInGraphs(Protocol):
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up
-        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it."""
+        to but without `end` (-1: all). Which rows, is not forgotten when it is switched off: `arrive` asks for it. To
+        say again what holds costs nothing."""
 
     def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
         """Have the slots brought to the host as they are at this point of the current stream, and the copies that were
-        made of the values of some. From here on they count anew, and values are not measured. None where there are
-        none."""
+        made of the values of some. From here on they count anew. None where there are none."""

@@ -319,13 +319,10 @@ def set_control(control, on: tl.int64, begin: tl.int64, end: tl.int64):
 
 
 @triton.jit
-def finish(rows, headers, out, control):
+def finish(rows, headers, out, ANEW: tl.constexpr):
     """Make one row of each value's parts: out[i] is the row of the value whose header is row headers[i], how often it
-    was measured, and the tag of the last time (`arrival.SLOT`). Grid: (values,). `control`: of listed values, which
-    count anew from here and are switched off; else None."""
-    if control is not None:  # noqa: SIM102, decided when the kernel is compiled
-        if tl.program_id(0) == 0:
-            tl.store(control, 0)
+    was measured, and the tag of the last time (`arrival.SLOT`). Grid: (values,). ANEW: it counts anew from here, and
+    the first words of all its rows are 0 again. `out` may be in pinned memory of the host."""
     header = rows + tl.load(headers + tl.program_id(0)) * 8
     out = out + tl.program_id(0).to(tl.int64) * 10
     fired = tl.load(header)
@@ -377,6 +374,8 @@ def finish(rows, headers, out, control):
             means += tl.load(row + 2, mask=some, other=0).to(tl.float64, bitcast=True) * (count_here / total)
             norm = tl.load(row + 3, mask=some, other=0).to(tl.float64, bitcast=True) / scale
             squares += norm * norm
+            if ANEW:  # what is a part's row now may be a header's in the next step
+                tl.store(row, 0, mask=inside)
         tl.store(out, tl.max(highs).to(tl.int64, bitcast=True))
         tl.store(out + 1, tl.min(lows).to(tl.int64, bitcast=True))
         tl.store(out + 2, tl.sum(means).to(tl.int64, bitcast=True))
@@ -389,5 +388,5 @@ def finish(rows, headers, out, control):
             tl.store(out + 5, tl.min(exact_lows) ^ flip)
         tl.store(out + 6, tl.sum(negative_counts))
         tl.store(out + 7, count)
-        if control is not None:
+        if ANEW:
             tl.store(header, 0)

@@ -190,7 +190,8 @@ class TritonRows:
             if finished:
                 for at, chunk in enumerate(self._chunks, 1):
                     used = self._used if at == len(self._chunks) else len(chunk)
-                    self._memory.give_back(chunk, used, self._stream)
+                    chunk[:used, 0] = 0
+                    self._memory.give_back(chunk, self._stream)
                 self._chunks.clear()
 
     def _seal(self, count: int) -> None:
@@ -203,8 +204,8 @@ class TritonRows:
             while end < count and self._headers[end][0] == at:
                 end += 1
             if end > begin:
-                arguments = chunk, headers[begin:end], out[begin:end], None
-                launch(kernels.finish, end - begin, *arguments, num_warps=FINISHING_WARPS)
+                arguments = chunk, headers[begin:end], out[begin:end]
+                launch(kernels.finish, end - begin, *arguments, ANEW=False, num_warps=FINISHING_WARPS)
             begin = end
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)

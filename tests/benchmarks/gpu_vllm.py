@@ -4,9 +4,9 @@
 
 vLLM runs as it starts by itself, with CUDA graphs and each engine in a process of its own, on a Qwen2 of the size 0.5b
 or 7b with dummy weights in bfloat16. One engine is untapped; there is another one for each level, in which capture is
-switched on and off in turn (msprobe_start and msprobe_stop). All of them live at once on the GPU and take turns within
-each round. A decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a prefill is one
-request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
+switched on and off in turn (msprobe_start and msprobe_stop). They are started at once, live at once on the GPU and take
+turns within each round. A decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a
+prefill is one request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
 
     7b                           untapped            off, L0           on, L0
     decode step, 8 requests      4.686 ms     4.838 ms  1.03    5.546 ms  1.18
@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,12 @@ def engine(options: argparse.Namespace, folder: Path, **given: Any) -> Any:
     from vllm import LLM
 
     (folder / "config.json").write_text(json.dumps(model_config(options.size)))
+    least = {  # engines that start at once can't tell which memory is whose
+        "kv_cache_memory_bytes": 3 << 30,
+        "gpu_memory_utilization": 0.05,
+        "max_num_seqs": max(options.requests),
+        "compilation_config": {"cudagraph_capture_sizes": sorted(options.requests)},
+    }
     return LLM(
         str(folder),
         load_format="dummy",
@@ -74,8 +82,36 @@ def engine(options: argparse.Namespace, folder: Path, **given: Any) -> Any:
         max_num_batched_tokens=2 * PREFILL,
         enable_prefix_caching=False,
         seed=0,
-        **({"gpu_memory_utilization": 0.9 / (1 + len(options.level))} | json.loads(options.vllm) | given),
+        **(least | json.loads(options.vllm) | given),
     )
+
+
+class Engine:
+    """An engine in a process of its own, which calls functions with it when it is told to."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, **given: Any) -> None:
+        folder.mkdir()
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        context.Process(target=_serve, args=(there, options, folder, given)).start()
+        there.close()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(llm, *args)``; of a module, as it goes by its name. EOFError when the process is gone."""
+        self._here.send((function, args))
+        return self._here.recv()
+
+    def stop(self) -> None:
+        self._here.close()
+
+
+def _serve(calls: Connection, options: argparse.Namespace, folder: Path, given: dict[str, Any]) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
+    llm = engine(options, folder, **given)
+    with suppress(EOFError):
+        while True:
+            function, args = calls.recv()
+            calls.send(function(llm, *args))
 
 
 def generate(llm: Any, requests: int, length: int, tokens: int) -> tuple[float, list[list[int]]]:
@@ -92,41 +128,54 @@ def generate(llm: Any, requests: int, length: int, tokens: int) -> tuple[float, 
     return time.perf_counter() - begin, [list(answer.outputs[0].token_ids) for answer in answers]
 
 
+def rpc(llm: Any, name: str) -> None:
+    llm.collective_rpc(name)
+
+
+def one_round(llm: Any, requests: list[int]) -> tuple[dict[str, float], list[list[list[int]]]]:
+    """Milliseconds by what took them, and all that was generated."""
+    milliseconds, answers = {}, []
+    for number in requests:
+        short, _ = generate(llm, number, PROMPT, SHORT)
+        long, tokens = generate(llm, number, PROMPT, LONG)
+        answers.append(tokens)
+        milliseconds[f"decode step, {number} requests"] = (long - short) / (LONG - SHORT) * 1e3
+    prefill, tokens = generate(llm, 1, PREFILL, 1)
+    return milliseconds | {f"prefill of {PREFILL}": prefill * 1e3}, [*answers, tokens]
+
+
 class Measured:
     """What one kind of run took, in milliseconds, and what it generated."""
 
-    def __init__(self, llm: Any, switch: Callable[[], object]) -> None:
+    def __init__(self, engine: Engine, switch: str | None = None) -> None:
         self.milliseconds: dict[str, list[float]] = defaultdict(list)
         self.tokens: list[list[list[int]]] = []
-        self._llm = llm
+        self._engine = engine
         self._switch = switch
 
     def round(self, requests: list[int]) -> None:
-        self._switch()
-        self.tokens = []
-        for number in requests:
-            short, _ = generate(self._llm, number, PROMPT, SHORT)
-            long, tokens = generate(self._llm, number, PROMPT, LONG)
-            self.tokens.append(tokens)
-            self.milliseconds[f"decode step, {number} requests"].append((long - short) / (LONG - SHORT) * 1e3)
-        prefill, tokens = generate(self._llm, 1, PREFILL, 1)
-        self.tokens.append(tokens)
-        self.milliseconds[f"prefill of {PREFILL}"].append(prefill * 1e3)
+        if self._switch is not None:
+            self._engine.call(rpc, self._switch)
+        took, self.tokens = self._engine.call(one_round, requests)
+        for what, milliseconds in took.items():
+            self.milliseconds[what].append(milliseconds)
 
     def median(self, what: str) -> float:
         """Over all rounds but the first, which warms up."""
         return statistics.median(self.milliseconds[what][1:])
 
 
-def kinds(options: argparse.Namespace, folder: Path) -> dict[str, Measured]:
-    """The kinds of run by name, untapped first."""
-    found = {"untapped": Measured(engine(options, folder), lambda: None)}
+def kinds(options: argparse.Namespace, folder: Path) -> tuple[list[Engine], dict[str, Measured]]:
+    """The engines, and the kinds of run by name, untapped first."""
+    plain = Engine(options, folder / "untapped")
+    engines, found = [plain], {"untapped": Measured(plain)}
     for level in options.level:
-        config = {"task": "statistics", "level": level, "dump_path": str(folder / level)}
-        llm = engine(options, folder, additional_config={"dump_config": config})
-        found[f"off, {level}"] = Measured(llm, partial(llm.collective_rpc, "msprobe_stop"))
-        found[f"on, {level}"] = Measured(llm, partial(llm.collective_rpc, "msprobe_start"))
-    return found
+        config = {"task": "statistics", "level": level, "dump_path": str(folder / level / "dump")}
+        tapped = Engine(options, folder / level, additional_config={"dump_config": config})
+        engines.append(tapped)
+        found[f"off, {level}"] = Measured(tapped, "msprobe_stop")
+        found[f"on, {level}"] = Measured(tapped, "msprobe_start")
+    return engines, found
 
 
 def report(options: argparse.Namespace, folder: Path, measured: dict[str, Measured]) -> None:
@@ -140,7 +189,7 @@ def report(options: argparse.Namespace, folder: Path, measured: dict[str, Measur
                 line += f"{other.median(what):10.3f} ms{other.median(what) / base:6.2f}"
         print(line)
     equal = all(other.tokens == plain.tokens for other in measured.values())
-    steps = ", ".join(f"{level} {len(list((folder / level).glob('step*')))}" for level in options.level)
+    steps = ", ".join(f"{level} {len(list((folder / level / 'dump').glob('step*')))}" for level in options.level)
     print(f"tokens equal: {'yes' if equal else 'no'}; steps captured: {steps}")
 
 
@@ -152,15 +201,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vllm", default="{}", help="further arguments for vllm.LLM, as JSON")
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
-        os.environ["VLLM_CACHE_ROOT"] = name
-        folder = Path(name)
-        measured = kinds(options, folder)
-        for _ in range(1 + options.rounds):
-            for kind in measured.values():
-                kind.round(options.requests)
-        report(options, folder, measured)
+        engines, measured = kinds(options, Path(name))
+        try:
+            for _ in range(1 + options.rounds):
+                for kind in measured.values():
+                    kind.round(options.requests)
+        finally:
+            for each in engines:
+                each.stop()
+        report(options, Path(name), measured)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ class WorkerCapture:
         self._behind = 0
         self._early = False
         """What is captured begins with the step."""
+        self._at_once = False
+        """One step follows the other, but for dummy runs."""
         self._boundary = Boundary()
         self._graphs: GraphCapture | None = None
         """Puts taps into what is compiled; None where nothing is."""
@@ -180,6 +182,9 @@ class WorkerCapture:
         self._early = encodes(self._worker) or not v1
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
+        if v1 and hasattr(runner, "_dummy_run"):  # all that may be replayed between steps
+            self._at_once = True
+            runner._dummy_run = functools.partial(self._dummy_run, runner._dummy_run)
         if v1:  # what this calls may be a CUDA graph, in which no hook runs
             runner._model_forward = functools.partial(self._model_forward, runner._model_forward)
         elif mode != CompilationMode.STOCK_TORCH_COMPILE:
@@ -189,6 +194,10 @@ class WorkerCapture:
     def _model_forward(self, model_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._within_step(self._resume)
         return model_forward(*args, **kwargs)
+
+    def _dummy_run(self, dummy_run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._safely(self._debugger.session.rest)
+        return dummy_run(*args, **kwargs)
 
     def _begin(self, scheduler_output: Any) -> None:
         if self._scheduled is not None:  # what was to end it never came
@@ -249,7 +258,7 @@ class WorkerCapture:
                 self._resume()
             session.hush()
         self._scheduled = None
-        session.next_step()
+        session.next_step(at_once=self._at_once)
         if self._captured:
             session.wait(self._behind)
 

@@ -7,6 +7,14 @@
 
 namespace {
 
+PyObject* matches(PyObject* self, PyObject* values) {
+    const Pattern* const pattern = reinterpret_cast<Pattern*>(self);
+    const Unseen unseen(pattern->overrides);
+    const bool like = unseen && Match(pattern->parts).whole(values);
+    PyErr_Clear();
+    return PyBool_FromLong(like);
+}
+
 PyObject* attach(PyObject* self, PyObject* arguments) {
     GpuRows& gpu = reinterpret_cast<Table*>(self)->gpu;
     long long device, stream, address, room;
@@ -22,8 +30,6 @@ PyObject* headers(PyObject* self, PyObject*) {
     const std::vector<int64_t>& all = reinterpret_cast<Table*>(self)->gpu.headers;
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(all.data()), all.size() * sizeof all[0]);
 }
-
-PyObject* used(PyObject* self, PyObject*) { return PyLong_FromLongLong(reinterpret_cast<Table*>(self)->gpu.used); }
 
 PyObject* ran_out(PyObject* self, PyObject*) { return PyBool_FromLong(reinterpret_cast<Table*>(self)->gpu.ran_out); }
 
@@ -118,6 +124,11 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 // What they do stands in likeness.py.
+PyMethodDef pattern_methods[] = {
+    {"matches", matches, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyMethodDef table_methods[] = {
     {"begin", fast(begin), METH_FASTCALL, nullptr},
     {"end", fast(end), METH_FASTCALL, nullptr},
@@ -125,7 +136,6 @@ PyMethodDef table_methods[] = {
     {"attach", attach, METH_VARARGS, nullptr},
     {"calls", calls, METH_NOARGS, nullptr},
     {"headers", headers, METH_NOARGS, nullptr},
-    {"used", used, METH_NOARGS, nullptr},
     {"ran_out", ran_out, METH_NOARGS, nullptr},
     {"contents", contents, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -159,6 +169,7 @@ bool add_type(PyObject* to, PyTypeObject& type, const char* name, size_t size, n
 PyMODINIT_FUNC PyInit__pattern(void) {
     make_names();
     Ref made(PyModule_Create(&module));
+    pattern_type.tp_methods = pattern_methods;
     table_type.tp_methods = table_methods;
     if (!made || !add_type(made.get(), pattern_type, "_pattern.Pattern", sizeof(Pattern), new_pattern, delete_pattern) ||
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
