@@ -20,7 +20,7 @@ class Landings:
         if memory is None or len(memory[0]) < rows:
             room = 1 << max(rows - 1, 255).bit_length()
             words = torch.empty((room, WORDS), dtype=torch.int64, device="cpu", pin_memory=True)
-            memory = words, torch.cuda.Event(blocking=True)
+            memory = words, torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         return Landing(self._free, *memory, rows)
 
 
