@@ -5,6 +5,8 @@ from setuptools import Extension, find_packages, setup
 HEADERS = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks")
 PATTERN = [f"msprobe_graph/taps/pattern/{name}.h" for name in HEADERS]
 
+WRITING = [f"msprobe_graph/dump/writing/{name}.h" for name in ("files", "lane", "numbers")]
+
 
 def cpp(source, name, *flags, **given):
     """An optional library of one C++ file; both names are relative to the package."""
@@ -37,10 +39,8 @@ setup(
         ),
         # Plain C++ of CPython's, no torch headers. Without it calls are described anew in each step.
         cpp("taps/pattern/pattern.cpp", "taps._pattern", depends=PATTERN),
-        # Without it what CUDA graphs replay is encoded by Python, several times slower.
-        cpp("dump/template.cpp", "dump._template"),
-        # Without it a step's files are written by Python, which waits for its lock after each call of the system.
-        cpp("dump/folder.cpp", "dump._folder"),
+        # Without it steps are encoded and written by Python, several times slower, in turns with the model.
+        cpp("dump/writing/writing.cpp", "dump._writing", "-pthread", depends=WRITING, extra_link_args=["-pthread"]),
         # Without it acl_save saves nothing from inside CUDA graphs, and says so.
         cpp("taps/host_queue.cpp", "taps._host_queue", "-pthread", extra_link_args=["-pthread"]),
     ],

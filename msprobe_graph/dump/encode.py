@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from .records import Entry, Statistics, TensorRecord
+from .template import Filled
 
 _POSITIVE_INFINITY = msgspec.Raw(b"1e999")
 _NEGATIVE_INFINITY = msgspec.Raw(b"-1e999")
@@ -120,11 +121,15 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def document(head: Mapping[str, Any], data: Iterable[bytes]) -> bytes:
-    """dump.json: the fields of `head`, then ``"data"`` with the lines given."""
+def document(head: Mapping[str, Any], data: Iterable[bytes | Filled]) -> list[bytes | Filled]:
+    """dump.json, part by part: the fields of `head`, then ``"data"`` with the lines given."""
     json = msgspec.json.Encoder()
     begin = b"".join(b" %b: %b,\n" % (json.encode(key), json.encode(value)) for key, value in head.items())
-    return b"".join((b"{\n", begin, b' "data": {\n', b",\n".join(filter(None, data)), b"\n }\n}\n"))
+    parts: list[bytes | Filled] = [b'{\n%b "data": {\n' % begin]
+    for lines in data:
+        if lines:
+            parts += [lines] if len(parts) == 1 else [b",\n", lines]
+    return [*parts, b"\n }\n}\n"]
 
 
 def lines(data: Iterable[tuple[str, Any]]) -> bytes:
@@ -157,6 +162,11 @@ def fields(entry: Entry) -> dict[str, Any]:
     return parts
 
 
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether these are the same, one by one."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 class OfEntries:
     """What `encode` makes of one step's entries after the other's. Where they are the same objects as the last step's,
     as they are where a step repeats, it is not asked again."""
@@ -167,8 +177,7 @@ class OfEntries:
         self._text = b""
 
     def __call__(self, entries: Sequence[Entry]) -> bytes:
-        last = self._last
-        if last is None or len(entries) != len(last) or not all(map(is_, entries, last)):
+        if self._last is None or not same_objects(entries, self._last):
             self._text, self._last = self._encode(entries), entries
         return self._text
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from msprobe_graph.extension import compiled_function
+from .template import writing
 
 SCHEMA_VERSION = 1
 """The version of this layout and of what the files in it hold; it grows when an older reader would misread a dump."""
@@ -123,17 +123,15 @@ def write_folder(folder: Path, files: Mapping[str, bytes], same: Mapping[str, Pa
     than the writing, than by `write_whole`. `same` has files with the contents of some, which become one with them.
     False where there is one already: then nothing is done."""
     part = f"{folder}{PART}"
-    paths = {f"{part}/{name}": content for name, content in files.items()}
-    links = {f"{part}/{name}": path for name, path in same.items()}
-    if _write_natively(str(folder), part, paths, links):
+    if _write_natively(str(folder), part, files, same):
         return True
     if folder.exists():
         shutil.rmtree(part, ignore_errors=True)
         return False
     _make(part)
-    for path, content in paths.items():
-        if path not in links or not _link(links[path], path):
-            _write(path, content)
+    for name, content in files.items():
+        if name not in same or not _link(same[name], f"{part}/{name}"):
+            _write(f"{part}/{name}", content)
     os.rename(part, folder)  # noqa: PTH104, as above
     return True
 
@@ -143,27 +141,29 @@ def _write_natively(folder: str, part: str, files: Mapping[str, bytes], same: Ma
     write = _native()
     if write is None:
         return False
-    count = len(files)
-    strings = ctypes.c_char_p * count
-    return bool(
-        write(
-            os.fsencode(folder),
-            os.fsencode(part),
-            count,
-            strings(*map(os.fsencode, files)),
-            strings(*files.values()),
-            (ctypes.c_int64 * count)(*map(len, files.values())),
-            strings(*(os.fsencode(same[path]) if path in same else None for path in files)),
-        )
+    contents = [
+        _Content(name.encode(), content, len(content), os.fsencode(same[name]) if name in same else None)
+        for name, content in files.items()
+    ]
+    return bool(write(os.fsencode(folder), os.fsencode(part), (_Content * len(contents))(*contents), len(contents)))
+
+
+class _Content(ctypes.Structure):
+    """A file, as writing/files.h has it."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
+        ("size", ctypes.c_int64),
+        ("same", ctypes.c_char_p),
     )
 
 
 @functools.cache
 def _native() -> Callable[..., int] | None:
-    """The code in folder.cpp, which is optional."""
-    pointer, text = ctypes.c_void_p, ctypes.c_char_p
-    arguments = text, text, ctypes.c_int64, pointer, pointer, pointer, pointer
-    return compiled_function(Path(__file__).parent, "_folder", "msprobe_graph_write_folder", ctypes.c_int32, *arguments)
+    """The code in writing/, which is optional."""
+    text = ctypes.c_char_p
+    return writing("msprobe_graph_write_folder", ctypes.c_int32, text, text, ctypes.c_void_p, ctypes.c_int64)
 
 
 def _make(folder: str) -> None:

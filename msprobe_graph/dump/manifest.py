@@ -19,12 +19,12 @@ compiled it, the scheduler's nodes before and after the taps came in::
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from .encode import SameAgain
+from .encode import SameAgain, tree
 from .folder import SCHEMA_VERSION
 from .records import Step
 
@@ -53,11 +53,15 @@ class Manifests:
         self._fields: defaultdict[str, SameAgain] = defaultdict(SameAgain)
 
     def encode(self, step: Step) -> bytes:
+        return self.frame(step).filled(step)
+
+    def frame(self, step: Step) -> Frame:
+        """That of the step and of all that differ from it in nothing but what a frame is filled with."""
         provenance = self._provenance
         fields = {
             "schema_version": SCHEMA_VERSION,
             "status": "finished" if step.finished else "unfinished",
-            "step": step.number,
+            "step": None,
             "mode": "graph" if step.graphs else "eager",
             **{name: getattr(provenance, name) for name in ("process", "run", "device", "package")},
             "torch": str(torch.__version__),
@@ -67,9 +71,24 @@ class Manifests:
             "sharding": provenance.sharding,
             "sites": {"expected": step.expected, "captured": step.captured},
             "holes": step.holes,
-            "requests": step.requests,
+            "requests": None,
             "graphs": list(step.graphs.values()),
             "flushed": step.flushed,
         }
-        lines = (b' "%b": %b' % (name.encode(), self._fields[name].encode(value)) for name, value in fields.items())
-        return b"{\n%b\n}\n" % b",\n".join(lines)
+        lines = [b' "%b": %b' % (name.encode(), self._fields[name].encode(value)) for name, value in fields.items()]
+        number, requests = list(fields).index("step"), list(fields).index("requests")
+        begin, between, end = (
+            b",\n".join(piece) for piece in (lines[:number], lines[number + 1 : requests], lines[requests + 1 :])
+        )
+        return Frame(b'{\n%b,\n "step": ' % begin, b',\n%b,\n "requests": ' % between, b",\n%b\n}\n" % end)
+
+
+class Frame(NamedTuple):
+    """A manifest but for the step's number and, behind `between`, its requests."""
+
+    begin: bytes
+    between: bytes
+    end: bytes
+
+    def filled(self, step: Step) -> bytes:
+        return b"%b%d%b%b%b" % (self.begin, step.number, self.between, tree(step.requests), self.end)

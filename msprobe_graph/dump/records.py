@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from .saved import Sink
+from .template import Filled, Table
 
 
 class TensorRecord(msgspec.Struct, omit_defaults=True, gc=False):
@@ -184,8 +185,22 @@ class Block(NamedTuple):
     holes: Sequence[Hole]
     graphs: Mapping[int, dict[str, Any]]
     """As `Step.graphs`."""
-    lines: bytes | None = None
+    lines: bytes | Filled | None = None
     """What dump.json holds of them, where that is known without filling in their records."""
+
+
+class Arriving(Table, Protocol):
+    """A table that a device may still write."""
+
+    @property
+    def kind(self) -> tuple[bytes, bytes] | None:
+        """Of a table of slots, as int64s: how often each was written, and the numbers of the shapes. Waits for the
+        device. None of a table that holds numbers alone."""
+
+    def lies_at(self) -> tuple[int, int, int, int] | None:
+        """The address, without waiting; how many slots there are; the address of a C function that gives 0 for an event
+        that has happened and 600 for one that has not; and that event. No function: all is there. None where there is
+        no such function."""
 
 
 class Replay(Protocol):
@@ -197,6 +212,14 @@ class Replay(Protocol):
 
     def encode(self) -> Block | None:
         """The same with `lines` in place of the records, but where files are still to be told in these."""
+
+    @property
+    def form(self) -> object:
+        """Equal to that of another step's where the two differ in nothing but what the device has written."""
+
+    @property
+    def arrival(self) -> Arriving | None:
+        """Where that comes to be."""
 
 
 class Copies(Protocol):
@@ -210,9 +233,17 @@ class Copies(Protocol):
 class Alike(Protocol):
     """What a step has measured of calls that are like those of earlier steps."""
 
-    def encode(self, entries: Sequence[Entry]) -> bytes:
+    def encode(self, entries: Sequence[Entry]) -> bytes | Filled:
         """What dump.json holds of the step's entries, among which are those calls', when all other records are
         complete. To be asked step after step."""
+
+    @property
+    def form(self) -> object:
+        """Equal to that of another step's where the two differ in nothing but numbers."""
+
+    @property
+    def tables(self) -> Sequence[Arriving]:
+        """Where these come to be: always the same objects."""
 
 
 class Step(msgspec.Struct):

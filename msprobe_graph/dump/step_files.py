@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ from .budget import Budget
 from .completion import encode_step
 from .encode import OfEntries, SameAgain, document, entry_lines, lines
 from .folder import TENSOR_FOLDER, step_folder, write_folder, write_whole
+from .forms import Form, Forms, Likely, Parts, tables
 from .manifest import Manifests, Provenance
-from .records import Entry, Hole, Step
+from .records import Arriving, Entry, Hole, Step
 from .saved import File, same_files
 from .stack import Stacks
+from .template import Filled
 
 log = logging.getLogger("msprobe_graph")
 
@@ -47,6 +50,8 @@ class StepFiles:
         self._begun: set[int] = set()
         """The steps of which there is something that isn't finished. To ask the disk in each step costs a turn at the
         interpreter's lock."""
+        self.forms: Forms | None = None
+        """Of the steps that were written here; None where nobody asks."""
         self._last: dict[str, tuple[bytes, Path]] = {}
         """Of the files that are mostly the same from step to step: contents, and where a file with them is."""
 
@@ -58,8 +63,11 @@ class StepFiles:
 
     def take_step(self, step: Step) -> None:
         """Complete a step and write it."""
+        likely, arrived = Likely.of(step), tables(step)
         encode_step(step, self)
         self.write(step)
+        if self.forms is not None and likely is not None and self.failed is None and not self._budget.full:
+            self.forms.learn(likely, arrived, partial(self._form, step, arrived))
 
     def take_file(self, file: File) -> None:
         self.write(file)
@@ -122,16 +130,7 @@ class StepFiles:
     def _write_step(self, step: Step) -> None:
         folder = self.folder(step.number)
         begun = step.number in self._begun and folder.exists()
-        head = self._head(folder, begun)
-        own = entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
-        entries = list(step.all_entries)
-        files = {
-            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), own]),
-            "stack.json": self._stacks(entries),
-            "construct.json": self._trees(entries),
-        }
-        if step.saved:
-            files["debug.json"] = document(head, [lines(step.saved.items())])
+        files = {name: b"".join(map(bytes, parts)) for name, parts in self._files(step, begun).items()}
         self._budget.add(sum(map(len, files.values())))
         if self._budget.full:
             step.holes.append(Hole("later steps", f"max_bytes ({self._budget.limit}) is reached"))
@@ -144,6 +143,28 @@ class StepFiles:
             return
         for name, content in files.items():
             write_whole(folder / name, content)
+
+    def _files(self, step: Step, begun: bool) -> dict[str, Parts]:
+        """All but the manifest."""
+        head = self._head(self.folder(step.number), begun)
+        own = entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
+        entries = list(step.all_entries)
+        files: dict[str, Parts] = {
+            "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), own]),
+            "stack.json": [self._stacks(entries)],
+            "construct.json": [self._trees(entries)],
+        }
+        if step.saved:
+            files["debug.json"] = document(head, [lines(step.saved.items())])
+        return files
+
+    def _form(self, step: Step, arrived: Sequence[Arriving]) -> Form | None:
+        """That of a step that was written; None where some of its text has no holes, but numbers."""
+        files = self._files(step, begun=False)
+        filled = sum(isinstance(part, Filled) for parts in files.values() for part in parts)
+        if filled < len(step.blocks) + (step.alike is not None):
+            return None
+        return Form(files, arrived, self._manifests.frame(step))
 
     def _same(self, folder: Path, files: Mapping[str, bytes]) -> dict[str, Path]:
         """Of these files, which are to be in `folder`, those whose contents the last step's file has."""

@@ -1,6 +1,6 @@
 """JSON in which only numbers change from one step to the next: what CUDA graphs replay has a text of this kind.
 
-Its numbers are words of a table that comes from the device. The code that writes them, template.cpp, runs without the
+Its numbers are words of tables that come from devices. The code that writes them, in writing/, runs without the
 interpreter lock and takes about 0.1 us a number. It is optional: without it all text is made anew for each step.
 """
 
@@ -10,7 +10,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -22,7 +22,7 @@ FINITES = 4 * 48
 """Bytes that the statistics of the finite values may take, with their names."""
 
 MAX, MIN, MEAN, NORM, NANS, POSITIVES, NEGATIVES = range(7)
-"""What a number is; `enum Word` in template.cpp is the same."""
+"""What a number is; `enum Word` in writing/numbers.h is the same."""
 REAL, INTEGER, BOOLEAN, UNSIGNED = range(4)
 """Of what kind of value: `enum Kind`."""
 
@@ -32,9 +32,35 @@ class Number(NamedTuple):
     all are."""
 
     row: int
-    """Where the value's row begins in the table, in words of 8 bytes."""
+    """Where the value's row begins in its table, in words of 8 bytes."""
     word: int
     kind: int
+    table: int = 0
+    """In which of the tables that the text is filled from."""
+
+
+class Table(Protocol):
+    """Where numbers are, or will be."""
+
+    @property
+    def address(self) -> int:
+        """Of the first word. Waits for the device that writes them."""
+
+
+class Lasting:
+    """A table that is there: these words, as they lie in memory. See `records.Arriving`."""
+
+    kind = None
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+
+    @property
+    def address(self) -> int:
+        return ctypes.cast(ctypes.c_char_p(self._words), ctypes.c_void_p).value or 0
+
+    def lies_at(self) -> tuple[int, int, int, int]:
+        return self.address, 0, 0, 0
 
 
 def mark(index: int) -> msgspec.Raw:
@@ -42,31 +68,61 @@ def mark(index: int) -> msgspec.Raw:
     return msgspec.Raw(b"\0%d\0" % index)
 
 
+class Text(ctypes.Structure):
+    """A text with holes, as writing/numbers.h has it."""
+
+    _fields_ = (
+        ("characters", ctypes.c_char_p),
+        ("pieces", ctypes.c_void_p),
+        ("holes", ctypes.c_void_p),
+        ("hole_count", ctypes.c_int64),
+        ("first_table", ctypes.c_int32),
+    )
+
+
 class Template:
     """
     >>> template = Template(b'{"Norm": \\x000\\x00}', [Number(0, NORM, REAL)])
-    >>> template.fill(address)                      # of a table whose first row has the norm 0.5
+    >>> template.fill([table])                      # whose first row has the norm 0.5
     b'{"Norm": 0.5}'
     """
 
-    def __init__(self, text: bytes, numbers: Sequence[Number]) -> None:
-        """`text` has marks: see `mark`. OSError where numbers can't be filled in, for want of the compiled code."""
-        function = _function()
-        if function is None:
-            raise OSError("there is no compiled _template")
+    def __init__(self, text: bytes, numbers: Sequence[Number] = ()) -> None:
+        """`text` has marks: see `mark`."""
         pieces = text.split(b"\0")
         between = [numbers[int(index)] for index in pieces[1::2]]
         self._text = b"".join(pieces[::2])
         self._pieces = _array(ctypes.c_int64, [len(piece) for piece in pieces[::2]])
-        self._numbers = _array(ctypes.c_int32, [field for number in between for field in number])
-        room = len(self._text) + sum(LONGEST + (number.word == NEGATIVES) * FINITES for number in between)
-        self._out = ctypes.create_string_buffer(room)
-        """Kept, because to get so much memory anew takes longer than to fill it."""
-        self._fill = functools.partial(function, self._text, self._pieces, self._numbers, len(between))
+        holes = [field for number in between for field in (number.table, number.row, number.word, number.kind)]
+        self._holes = _array(ctypes.c_int32, holes)
+        self._hole_count = len(between)
+        self.room = len(self._text) + sum(LONGEST + (number.word == NEGATIVES) * FINITES for number in between)
+        """Bytes that it may take."""
 
-    def fill(self, table: int) -> bytes:
-        """The text with the numbers of the table at that address. To be called by one thread at a time."""
-        return ctypes.string_at(self._out, self._fill(table, self._out))
+    def text(self, first_table: int = 0) -> Text:
+        """For the code in writing/, as long as this lives. Its table 0 is that one of all."""
+        pieces, holes = ctypes.addressof(self._pieces), ctypes.addressof(self._holes)
+        return Text(self._text, pieces, holes, self._hole_count, first_table)
+
+    def fill(self, tables: Sequence[Table]) -> bytes:
+        """The text with its numbers. OSError where they can't be filled in, for want of the compiled code."""
+        function = _function()
+        if function is None:
+            raise OSError("there is no compiled _writing")
+        out = ctypes.create_string_buffer(self.room)
+        addresses = (ctypes.c_void_p * len(tables))(*(table.address for table in tables))
+        return ctypes.string_at(out, function(ctypes.byref(self.text()), addresses, out))
+
+
+class Filled:
+    """A template's text with the numbers of one step."""
+
+    def __init__(self, template: Template, tables: Sequence[Table]) -> None:
+        self.template = template
+        self.tables = tables
+
+    def __bytes__(self) -> bytes:
+        return self.template.fill(self.tables)
 
 
 def fills() -> bool:
@@ -74,11 +130,15 @@ def fills() -> bool:
     return _function() is not None
 
 
+def writing(name: str, result: Any, *arguments: Any) -> Callable[..., int] | None:
+    """A C function in writing/ (see `compiled_function`)."""
+    return compiled_function(Path(__file__).parent, "_writing", name, result, *arguments)
+
+
 @functools.cache
 def _function() -> Callable[..., int] | None:
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = ctypes.c_char_p, pointer, pointer, size, pointer, pointer
-    return compiled_function(Path(__file__).parent, "_template", "msprobe_graph_fill", size, *arguments)
+    pointer = ctypes.c_void_p
+    return writing("msprobe_graph_fill", ctypes.c_int64, pointer, pointer, pointer)
 
 
 def _array(kind: type[ctypes._SimpleCData[int]], numbers: Sequence[int]) -> ctypes.Array[ctypes._SimpleCData[int]]:

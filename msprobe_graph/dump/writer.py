@@ -17,6 +17,8 @@ import torch
 
 from .boundary import Boundary
 from .budget import Budget, spare_bytes
+from .forms import Forms
+from .lane import Lane, lanes
 from .manifest import Provenance
 from .records import Flushed, Step
 from .ring import Ring
@@ -74,6 +76,13 @@ class Writer:
         self.budget = Budget(max_bytes if max_bytes is not None else spare_bytes(dump_path, in_memory=ring is not None))
         self.files = StepFiles(dump_path, provenance, self.budget)
         self._ring = None if ring is None else RingFiles(ring, self.files, self.budget)
+        self._lane: Lane | None = None
+        """Takes the steps of known forms."""
+        if ring is None and lanes():
+            self.files.forms = Forms()
+            self._lane = Lane(self.files.forms, self.files.folder, self.budget, self._put)
+        self._dropped: int | None = None
+        """The step that was dropped last: it comes again, but what there is of it goes first."""
         self._boundary = boundary
         self._path = str(dump_path)
         # A SimpleQueue, because fire() puts into it from a signal handler, in the middle of anything.
@@ -131,6 +140,13 @@ class Writer:
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has
         no use for it."""
+        lane = None if self.files.failed is not None or step.number == self._dropped else self._lane
+        if lane is not None and lane.take(step):
+            lane.wait(QUEUED_STEPS)
+        else:
+            self._put(step)
+
+    def _put(self, step: Step) -> None:
         size = step.arriving
         with self._room:
             self._room.wait_for(lambda: self._queued_steps < QUEUED_STEPS and self._has_room(size))
@@ -140,6 +156,7 @@ class Writer:
 
     def drop(self, step: int) -> None:
         """Forget what has come of a step that runs, as if it had not begun."""
+        self._dropped = step
         self._jobs.put(_Drop(step))
 
     def fire(self, flushed: Flushed, running: bool) -> None:
@@ -149,13 +166,18 @@ class Writer:
 
     def wait(self, behind: int) -> None:
         """Return when at most so many of the steps handed over are not on disk yet, or in the ring."""
-        if self._queued_steps > behind and self.pid == os.getpid():
-            with self._room:
-                self._room.wait_for(lambda: self._queued_steps <= behind)
+        while self._queued_steps + self._in_lane > behind and self.pid == os.getpid():
+            if self._lane is not None and self._in_lane:
+                self._lane.wait(self._in_lane - 1)
+            else:
+                with self._room:
+                    self._room.wait_for(lambda: self._queued_steps <= behind)
 
     def flush(self) -> None:
         """Return when all that was handed over is on disk or in the ring (or, after a failure, dropped)."""
         if self.pid == os.getpid():
+            if self._lane is not None:
+                self._lane.wait(0)
             self._drain()
 
     def close(self) -> None:
@@ -163,6 +185,11 @@ class Writer:
         self.flush()
         if self._ring is not None:
             self._ring.close()
+
+    @property
+    def _in_lane(self) -> int:
+        """How many steps are there."""
+        return 0 if self._lane is None else self._lane.waiting
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes more may wait to be written."""

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import struct
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -117,7 +117,8 @@ class Arrival:
         self._host = host
         self._event = event
         self._shapes = shapes
-        self._rows = rows
+        self.rows = rows
+        """Which of a batch count: see `RowsInGraphs.switch`."""
 
     def first(self, slots: Iterable[Slot]) -> Written | None:
         """The first of the slots that was written; None if none was. Waits for the GPU."""
@@ -129,23 +130,29 @@ class Arrival:
         shape, batch, _, place = written.captured
         if place is None or self.copies is None:
             return None
-        begin, end = self._rows
+        begin, end = self.rows
         first = begin * math.prod(shape[1:]) * dtype.itemsize if batch and end >= 0 else 0
         values = self.copies.values(place, first, first + math.prod(written.shape) * dtype.itemsize)
         return None if values is None else values.view(dtype).reshape(written.shape)
 
     @functools.cached_property
-    def kind(self) -> Hashable:
-        """The same for arrivals that differ in nothing but the statistics: of the same graphs, replayed as often, with
-        as many rows. Waits for the GPU."""
+    def kind(self) -> tuple[bytes, bytes]:
+        """How often each slot was written, and the number of its shape. The same for arrivals that differ in nothing
+        but the statistics, and in `rows`. Waits for the GPU."""
         words = memoryview(self._words).cast("q")
-        return *(words[at::WORDS].tobytes() for at in range(ROW.size // 8, WORDS)), self._rows
+        fired, tags = (words[at::WORDS].tobytes() for at in range(ROW.size // 8, WORDS))
+        return fired, tags
 
     @property
     def address(self) -> int:
         """Where the words are that `Written.word` counts. Waits for the GPU."""
         self._event.synchronize()
         return self._host.data_ptr()
+
+    def lies_at(self) -> tuple[int, int, int, int] | None:
+        """See `dump.records.Arriving`."""
+        event = getattr(self._event, "native", None)
+        return None if event is None else (self._host.data_ptr(), len(self._host), *event)
 
     @functools.cached_property
     def _words(self) -> bytes:
@@ -160,7 +167,7 @@ class Arrival:
             return None
         captured = self._shapes[tag]
         shape = captured.shape
-        begin, end = self._rows
+        begin, end = self.rows
         if captured.batch and end >= 0:
             shape = (max(min(shape[0], end) - begin, 0), *shape[1:])
         return Written(slot.number * WORDS, row, fired, shape, captured)

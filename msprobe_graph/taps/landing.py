@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 
 from .arrival import WORDS
@@ -39,9 +42,24 @@ class Landing:
         """All is written at this point of the stream."""
         self._memory[1].record(stream)
 
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """The driver's function that tells whether an event has happened, and the event that it is to be asked for."""
+        query = _query()
+        return None if query is None else (query, self._memory[1].cuda_event)
+
     def synchronize(self) -> None:
         """Wait until it is, without holding the interpreter's lock or a core."""
         self._memory[1].synchronize()
 
     def __del__(self) -> None:
         self._free.append(self._memory)
+
+
+@functools.cache
+def _query() -> int | None:
+    """The address of cuEventQuery."""
+    try:
+        return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuEventQuery, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None

@@ -91,10 +91,23 @@ class LaunchedRows:
         launch(kernels.finish, count, *parameters, ANEW=finished, num_warps=FINISHING_WARPS)
         self._landing.expect(self._stream)
 
-    def words(self) -> bytes:
-        """The rows, WORDS int64s each, in the order in which they were measured. Waits for the GPU."""
+    kind = None
+
+    @property
+    def address(self) -> int:
+        """Of the rows, WORDS int64s each, in the order in which they were measured. Waits for the GPU."""
         if self._landing is None:
-            return b""
+            return 0
         self._landing.synchronize()
-        words = self._landing.words
-        return ctypes.string_at(words.data_ptr(), words.nbytes)
+        return self._landing.words.data_ptr()
+
+    def lies_at(self) -> tuple[int, int, int, int] | None:
+        """See `dump.records.Arriving`."""
+        if self._landing is None:
+            return 0, 0, 0, 0
+        event = self._landing.native
+        return None if event is None else (self._landing.words.data_ptr(), 0, *event)
+
+    def words(self) -> bytes:
+        """The same as bytes."""
+        return b"" if self._landing is None else ctypes.string_at(self.address, self._landing.words.nbytes)

@@ -38,13 +38,13 @@ class Marks:
     def __init__(self) -> None:
         self._numbers: list[Number] = []
 
-    def put(self, record: TensorRecord, dtype: torch.dtype, row: int) -> None:
-        """Into the record of a value of that dtype, whose row begins at that word of the table. It is to be one that
+    def put(self, record: TensorRecord, dtype: torch.dtype, row: int, table: int = 0) -> None:
+        """Into the record of a value of that dtype, whose row begins at that word of that table. It is to be one that
         was reset."""
         kind = REAL if dtype in REAL_DTYPES else _KINDS.get(dtype, INTEGER)
         for field, word in (_FIELDS | _COUNTS if kind == REAL else _FIELDS).items():
             setattr(record, field, mark(len(self._numbers)))
-            self._numbers.append(Number(row, word, kind))
+            self._numbers.append(Number(row, word, kind, table))
 
     def template(self, entries: Iterable[Entry]) -> Template:
         """Of the text of entries with these records."""

@@ -9,7 +9,7 @@ import torch
 
 from msprobe_graph.dump.encode import complete, entry_lines, refuse, reset, share
 from msprobe_graph.dump.records import NOT_REPLAYED, OVERRUN, Block, Entry, Hole, Shared, TensorRecord
-from msprobe_graph.dump.template import Template, fills
+from msprobe_graph.dump.template import Filled, Template, fills
 
 from .marks import Marks
 
@@ -61,10 +61,15 @@ class ReplayInStep:
 
     def __init__(self, call: ReplayedCall, arrival: Arrival | None) -> None:
         self._call = call
-        self._arrival = arrival
+        self.arrival = arrival
+
+    @property
+    def form(self) -> object:
+        """No two calls are equal. A call of which files are made has another form in each step."""
+        return (object() if self._call.saved else self._call), self.arrival and self.arrival.rows
 
     def complete(self) -> Block | None:
-        arrival = self._arrival
+        arrival = self.arrival
         if arrival is None or arrival.first(self._call.slots) is None:
             return None
         for record, slots, dtype in self._call.values:
@@ -76,18 +81,19 @@ class ReplayInStep:
         return self._block(arrival)
 
     def encode(self) -> Block | None:
-        arrival, call = self._arrival, self._call
+        arrival, call = self.arrival, self._call
         if arrival is None or arrival.first(call.slots) is None:
             return None
         if call.saved:
             return self.complete()
         if fills():
-            known = call.known.get(arrival.kind)
+            kind = arrival.kind, arrival.rows
+            known = call.known.get(kind)
             if known is None:
                 if len(call.known) == MOST_KNOWN:
                     del call.known[next(iter(call.known))]
-                known = call.known[arrival.kind] = Known(self._template(arrival), self._block(arrival))
-            return known.block._replace(lines=known.template.fill(arrival.address))
+                known = call.known[kind] = Known(self._template(arrival), self._block(arrival))
+            return known.block._replace(lines=Filled(known.template, [arrival]))
         block = self.complete()
         return block and block._replace(lines=entry_lines(block.entries))
 

@@ -178,7 +178,7 @@ def test_always_json(written: Written, value: Any) -> None:
 
 @given(st.floats())
 def test_numbers_come_back(value: float) -> None:
-    text = document({}, [lines([("entry", number(value))])])
+    text = b"".join(map(bytes, document({}, [lines([("entry", number(value))])])))
     back = json.loads(text)["data"]["entry"]
     assert back == ("nan" if math.isnan(value) else value)
 

@@ -1,7 +1,7 @@
+#pragma once
+
 // A folder and its files, made without Python and without its lock: a thread that asks for the lock after each call of
-// the system waits for the thread that computes, and that one for it.
-//
-// Plain C functions: folder.py calls them through ctypes. POSIX.
+// the system waits for the thread that computes, and that one for it. POSIX.
 
 #include <cerrno>
 #include <cstdint>
@@ -25,20 +25,25 @@ bool write_file(const char* path, const char* content, int64_t size) {
     return !close(file) && !size;
 }
 
-}  // namespace
+struct Content {
+    const char *name, *text;
+    int64_t size;
+    const char* same;  // a file with these contents, which gets another name; or null
+};
 
-extern "C" {
-
-// Makes `part` with `count` files in it, then renames it to `folder`. Where `same[i]` is not null, and there is a file of
-// that path, files[i] becomes another name of it. Returns whether all of it was done; if not, what is there is to be
-// removed.
-int32_t msprobe_graph_write_folder(const char* folder, const char* part, int64_t count, const char* const* files,
-                                   const char* const* contents, const int64_t* sizes, const char* const* same) {
+// Makes `part` with these files in it, then renames it to `folder`. Returns whether all of it was done; if not, what is
+// there is to be removed.
+bool write_folder(const char* folder, const char* part, const Content* files, int64_t count) {
     const std::string path(part);
     mkdir(path.substr(0, path.rfind('/')).c_str(), 0777);  // as a rule it isn't there yet, either
     if (mkdir(part, 0777)) return false;
-    for (int64_t at = 0; at < count; at++)
-        if (!(same[at] && !link(same[at], files[at])) && !write_file(files[at], contents[at], sizes[at])) return false;
+    for (int64_t at = 0; at < count; at++) {
+        const Content& file = files[at];
+        const std::string name = path + '/' + file.name;
+        if (!(file.same && !link(file.same, name.c_str())) && !write_file(name.c_str(), file.text, file.size))
+            return false;
+    }
     return !rename(part, folder);
 }
-}
+
+}  // namespace

@@ -1,8 +1,7 @@
-// Text in which only numbers change from one step to the next, filled in without Python and without its lock: the
-// thread that writes a step this way takes no time from the one that computes the next.
-//
-// Plain C functions over plain memory: template.py calls them through ctypes. C++17 for std::to_chars, which gives the
-// shortest decimal that reads back as the same double.
+#pragma once
+
+// Text in which only numbers change from one step to the next. C++17 for std::to_chars, which gives the shortest decimal
+// that reads back as the same double.
 
 #include <charconv>
 #include <cmath>
@@ -21,9 +20,20 @@ enum Word : int32_t { MAX, MIN, MEAN, NORM, NANS, POSITIVES, NEGATIVES, FINITES,
 
 enum Kind : int32_t { REAL, INTEGER, BOOLEAN, UNSIGNED };
 
-// Where a number is, and what it is: that word of the row that begins there, of a value of that kind.
+// Where a number is, and what it is: in which of several tables, at which word a value's row begins there, which word of
+// that, and of what kind the value is.
 struct Hole {
-    int32_t row, word, kind;
+    int32_t table, row, word, kind;
+};
+
+// A text with holes: text[0 : pieces[0]], hole 0, as many characters as pieces[1] says, hole 1, ... Without holes there
+// is one piece.
+struct Text {
+    const char* characters;
+    const int64_t* pieces;
+    const Hole* holes;
+    int64_t hole_count;
+    int32_t first_table;  // which of all tables is the text's table 0
 };
 
 double real(const int64_t* word) {
@@ -94,21 +104,19 @@ char* write(char* out, const int64_t* row, int32_t word, int32_t kind) {
     return kind == UNSIGNED ? write_integer(out, static_cast<uint64_t>(exact)) : write_integer(out, exact);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Writes pieces[0], hole 0, pieces[1], hole 1, ... to `out`, which has room for all of it, and returns how many bytes
-// that are.
-int64_t msprobe_graph_fill(const char* text, const int64_t* pieces, const Hole* holes, int64_t hole_count,
-                           const int64_t* words, char* out) {
-    char* const begin = out;
-    for (int64_t at = 0; at <= hole_count; at++) {
-        std::memcpy(out, text, pieces[at]);
-        text += pieces[at];
-        out += pieces[at];
-        if (at < hole_count) out = write(out, words + holes[at].row, holes[at].word, holes[at].kind);
+// Writes the text with its numbers to `out`, which has room for it, and returns where it ends.
+char* fill(const Text& text, const int64_t* const* tables, char* out) {
+    const char* from = text.characters;
+    for (int64_t at = 0; at <= text.hole_count; at++) {
+        std::memcpy(out, from, text.pieces[at]);
+        from += text.pieces[at];
+        out += text.pieces[at];
+        if (at < text.hole_count) {
+            const Hole& hole = text.holes[at];
+            out = write(out, tables[text.first_table + hole.table] + hole.row, hole.word, hole.kind);
+        }
     }
-    return out - begin;
+    return out;
 }
-}
+
+}  // namespace
