@@ -106,9 +106,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def step_folder(dump_path: Path, step: int, process: str) -> Path:
+def step_folder(dump_path: str, step: int, process: str) -> str:
     """``<dump_path>/step<N>/<process>``, where `process` is ``rank<R>`` or ``proc<PID>``."""
-    return dump_path / f"step{step}" / process
+    return f"{dump_path}/step{step}/{process}"
 
 
 def write_whole(path: Path, content: bytes) -> None:

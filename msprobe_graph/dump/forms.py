@@ -80,7 +80,7 @@ class Form:
         ]
         last = ctypes.create_string_buffer(PATH_BYTES)
         self._kept.append(last)
-        self.native = _Form(
+        native = _Form(
             self._array(_File, made),
             len(made),
             self._array(_Written, written),
@@ -89,6 +89,9 @@ class Form:
             ctypes.addressof(last),
             PATH_BYTES,
         )
+        self._kept.append(native)
+        self.address = ctypes.addressof(native)
+        """Of the structure that tells all of it."""
 
     def _array(self, kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> int:
         array = (kind * len(items))(*items)

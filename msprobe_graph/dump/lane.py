@@ -11,8 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .budget import Budget
 from .encode import tree
@@ -24,8 +23,10 @@ from .template import writing
 class Lane:
     """Writes steps in the order in which it takes them. For the thread that captures."""
 
-    def __init__(self, forms: Forms, folder: Callable[[int], Path], budget: Budget, otherwise: Callable[[Step], None]):
-        """`folder` gives that of a step. `otherwise` takes the steps that turn out to be of another form, or can't be
+    def __init__(
+        self, forms: Forms, folder: Callable[[int], str], budget: Budget, otherwise: Callable[[Step], None]
+    ) -> None:
+        """`folder` gives the path of a step's. `otherwise` takes the steps that turn out to be of another form, or can't be
         written like this; it is called in a thread of this lane's. OSError for want of the compiled code."""
         functions = _functions()
         if functions is None:
@@ -69,9 +70,9 @@ class Lane:
         self._taken += 1
         self._functions.put(
             self._handle,
-            (ctypes.c_void_p * len(forms))(*(ctypes.addressof(form.native) for form in forms)),
+            _array(ctypes.c_void_p, len(forms))(*(form.address for form in forms)),
             len(forms),
-            (_Table * len(arriving))(*arriving),
+            _array(_Table, len(arriving))(*arriving),
             len(arriving),
             os.fsencode(self._folder(step.number)),
             step.number,
@@ -104,6 +105,11 @@ class _Table(ctypes.Structure):
         ("query", ctypes.c_void_p),
         ("event", ctypes.c_void_p),
     )
+
+
+@functools.cache
+def _array(kind: type[Any], count: int) -> type[ctypes.Array[Any]]:
+    return kind * count
 
 
 class _Functions(NamedTuple):

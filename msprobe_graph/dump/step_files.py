@@ -39,6 +39,7 @@ class StepFiles:
 
     def __init__(self, dump_path: Path, provenance: Provenance, budget: Budget) -> None:
         self.dump_path = dump_path
+        self._path = str(dump_path)
         self.provenance = provenance
         self.failed: OSError | None = None
         self._budget = budget
@@ -56,7 +57,11 @@ class StepFiles:
         """Of the files that are mostly the same from step to step: contents, and where a file with them is."""
 
     def folder(self, step: int) -> Path:
-        return step_folder(self.dump_path, step, self.provenance.process)
+        return Path(self.path(step))
+
+    def path(self, step: int) -> str:
+        """The folder's."""
+        return step_folder(self._path, step, self.provenance.process)
 
     def tensor_file(self, step: int, name: str) -> Path:
         return self.folder(step) / TENSOR_FOLDER / name

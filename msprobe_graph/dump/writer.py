@@ -80,7 +80,7 @@ class Writer:
         """Takes the steps of known forms."""
         if ring is None and lanes():
             self.files.forms = Forms()
-            self._lane = Lane(self.files.forms, self.files.folder, self.budget, self._put)
+            self._lane = Lane(self.files.forms, self.files.path, self.budget, self._put)
         self._dropped: int | None = None
         """The step that was dropped last: it comes again, but what there is of it goes first."""
         self._boundary = boundary

@@ -18,7 +18,7 @@ def leave(dump_path: Path, run: str | None, steps: int = 1) -> None:
     if run is not None:
         claim(dump_path, run)
     for step in range(steps):
-        folder = step_folder(dump_path, step, "rank0")
+        folder = Path(step_folder(str(dump_path), step, "rank0"))
         folder.mkdir(parents=True)
         (folder / "dump.json").write_text(str(run))
 
@@ -85,7 +85,7 @@ dump_path, rank = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
 moved = claim(dump_path, run_identity(world_size=4, nth=0))
-folder = step_folder(dump_path, 0, f"rank{rank}")
+folder = Path(step_folder(str(dump_path), 0, f"rank{rank}"))
 folder.mkdir(parents=True)
 (folder / "dump.json").write_text(rank)
 print(moved, flush=True)
