@@ -77,7 +77,7 @@ class EagerCapture:
         self._unfused: list[str] = []
         """Modules that would take torch's fused fast path if nobody looked."""
         self._watched: set[nn.Module] = set()
-        self._sites_of: tuple[dict[str, int], list[ReplayedCall], list[str]] | None = None
+        self._sites_of: tuple[object, list[ReplayedCall], list[str]] | None = None
         """What `_sites` was counted of: the calls, what was replayed, and the entries' names."""
         self._sites: tuple[int, int, list[Hole]] = (0, 0, [])
 
@@ -171,10 +171,10 @@ class EagerCapture:
     def sites(self) -> tuple[int, int, list[Hole]]:
         """Of the modules watched: how many should have an entry in this step, how many have, and why the others
         haven't."""
-        recorder, calls = self._context.recorder, self._context.numbering.calls
-        names = list(recorder.entries)
-        if self._sites_of != (calls, recorder.replays, names):
-            self._sites_of = dict(calls), list(recorder.replays), names
+        recorder = self._context.recorder
+        names, counted = list(recorder.entries), self._context.numbering.state()
+        if self._sites_of != (counted, recorder.replays, names):
+            self._sites_of = counted, list(recorder.replays), names
             replayed = (name for call in recorder.replays for name in call.entries)
             self._sites = self._count_sites(chain(replayed, names))
         return self._sites

@@ -35,15 +35,40 @@ class Numbering:
     """Call numbers within one step: of a name in all, and of a name within one module."""
 
     def __init__(self) -> None:
-        self.calls: defaultdict[str, int] = defaultdict(int)
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        self._within_modules: defaultdict[tuple[str, str | None], int] = defaultdict(int)
+        self._ahead: list[Counts] = []
+        """Where it was told to go since, as yet only noted: as a rule nobody asks any more in that step."""
+
+    @property
+    def calls(self) -> defaultdict[str, int]:
         """How many calls of each name have been counted."""
-        self.within_modules: defaultdict[tuple[str, str | None], int] = defaultdict(int)
+        if self._ahead:
+            self._catch_up()
+        return self._calls
+
+    @property
+    def within_modules(self) -> defaultdict[tuple[str, str | None], int]:
         """The same of a name within a module."""
+        if self._ahead:
+            self._catch_up()
+        return self._within_modules
+
+    def state(self) -> object:
+        """Equal states have counted the same."""
+        return dict(self._calls), list(self._ahead)
+
+    def _catch_up(self) -> None:
+        for counts in self._ahead:
+            self._calls.update(counts.calls)
+            self._within_modules.update(counts.within_modules)
+        self._ahead.clear()
 
     def reset(self) -> None:
         """A new step: everything counts from 0 again."""
-        self.calls.clear()
-        self.within_modules.clear()
+        self._ahead.clear()
+        self._calls.clear()
+        self._within_modules.clear()
 
     def next(self, name: str) -> int:
         """The number that the next call of `name` will bear: how many have been counted."""
@@ -51,8 +76,9 @@ class Numbering:
 
     def advance(self, name: str) -> int:
         """Count a call of `name`; what is returned is its number."""
-        number = self.calls[name]
-        self.calls[name] = number + 1
+        calls = self.calls
+        number = calls[name]
+        calls[name] = number + 1
         return number
 
     def stands_at(self, counts: Counts) -> bool:
@@ -61,14 +87,14 @@ class Numbering:
 
     def go_to(self, counts: Counts) -> None:
         """Count calls up to there."""
-        self.calls.update(counts.calls)
-        self.within_modules.update(counts.within_modules)
+        self._ahead.append(counts)
 
     def within(self, name: str, module: str | None) -> int:
         """Which call of `name` this is within `module`, counted by being asked."""
         key = (name, module)
-        number = self.within_modules[key]
-        self.within_modules[key] = number + 1
+        within = self.within_modules
+        number = within[key]
+        within[key] = number + 1
         return number
 
 

@@ -26,13 +26,16 @@ class Lane:
     def __init__(
         self, forms: Forms, folder: Callable[[int], str], budget: Budget, otherwise: Callable[[Step], None]
     ) -> None:
-        """`folder` gives the path of a step's. `otherwise` takes the steps that turn out to be of another form, or can't be
-        written like this; it is called in a thread of this lane's. OSError for want of the compiled code."""
+        """`folder` gives the path of a step's. `otherwise` takes the steps that turn out to be of another form, or
+        that can't be written like this; it is called in a thread of this lane's. OSError for want of the compiled
+        code."""
         functions = _functions()
         if functions is None:
             raise OSError("there is no compiled _writing")
         self._functions = functions
         self._handle = functions.make()
+        self._counts = (ctypes.c_int64 * 2).from_address(functions.counts(self._handle))
+        """How many steps are settled, and how many bytes were written."""
         self._forms = forms
         self._folder = folder
         self._budget = budget
@@ -49,11 +52,11 @@ class Lane:
     @property
     def waiting(self) -> int:
         """How many steps are not on disk yet."""
-        return self._taken - self._functions.settled(self._handle)
+        return self._taken - self._counts[0]
 
     def wait(self, behind: int) -> None:
         """Return when at most so many are."""
-        if self._taken > behind:
+        if self.waiting > behind:
             self._functions.wait(self._handle, self._taken - behind)
 
     def take(self, step: Step) -> bool:
@@ -82,11 +85,10 @@ class Lane:
 
     def _settle(self) -> None:
         """Let go of what was written, and count it."""
-        settled = self._functions.settled(self._handle)
+        settled, written = self._counts
         while self._released < settled:
             del self._kept[self._released]
             self._released += 1
-        written = self._functions.bytes(self._handle)
         self._budget.add(written - self._bytes)
         self._bytes = written
 
@@ -108,7 +110,8 @@ class _Table(ctypes.Structure):
 
 
 @functools.cache
-def _array(kind: type[Any], count: int) -> type[ctypes.Array[Any]]:
+def _array(kind: type[Any], count: int) -> Any:
+    """The class of arrays of so many; to make one anew takes longer than to make an array."""
     return kind * count
 
 
@@ -119,8 +122,7 @@ class _Functions(NamedTuple):
     put: Callable[..., int]
     run: Callable[[int], int]
     wait: Callable[[int, int], int]
-    settled: Callable[[int], int]
-    bytes: Callable[[int], int]
+    counts: Callable[[int], int]
 
 
 @functools.cache
@@ -132,8 +134,7 @@ def _functions() -> _Functions | None:
         writing(f"{prefix}_put", None, pointer, pointer, size, pointer, size, text, size, text),
         writing(f"{prefix}_run", size, pointer),
         writing(f"{prefix}_wait", None, pointer, size),
-        writing(f"{prefix}_settled", size, pointer),
-        writing(f"{prefix}_bytes", size, pointer),
+        writing(f"{prefix}_counts", pointer, pointer),
     )
     return None if None in found else _Functions(*found)  # type: ignore[arg-type]
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msprobe_graph.dump.boundary import Boundary
-from msprobe_graph.eager._compat import unseen
+from msprobe_graph.eager._compat import plainly, unseen
 from msprobe_graph.taps.device import Accelerator
 from msprobe_graph.taps.device import of as device_of
 from msprobe_graph.taps.graph_copies import GraphCopies
-from msprobe_graph.taps.likeness import form
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 from msprobe_graph.taps.rows import has_triton
 
@@ -30,7 +29,6 @@ from .saving import Saving
 if TYPE_CHECKING:
     from msprobe_graph.eager.context import Context
     from msprobe_graph.taps.arrival import Slot
-    from msprobe_graph.taps.likeness import Pattern
     from msprobe_graph.taps.replayed import ReplayedCall
     from msprobe_graph.taps.rows_in_graphs import RowsInGraphs
 
@@ -39,16 +37,13 @@ if TYPE_CHECKING:
 
 class Recorded:
     """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
-    but for the values, which come from the device, one step is like the other. Without the compiled code that tells
-    there is none."""
+    but for the values, which come from the device, one step is like the other."""
 
-    def __init__(
-        self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor], as_they_were: Pattern
-    ) -> None:
+    def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
         self._call = call
         self._counted = counted
         self._weights = weights
-        self._as_they_were = as_they_were
+        self._versions = self._found_versions()
 
     @classmethod
     def of(
@@ -70,19 +65,21 @@ class Recorded:
             if module is not None
             for weight in module.parameters(recurse=False)
         }
-        every = [*weights.values(), *lasting]
-        if any(weight.is_inference() for weight in every):  # these have no version
+        if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
             return None
-        found = form(every)
-        return None if found is None else cls(call, Counted.by(plan, named), every, found.pattern)
+        return cls(call, Counted.by(plan, named), [*weights.values(), *lasting])
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
-        return context.numbering.stands_at(self._counted.before) and self._as_they_were.matches(self._weights)
+        return context.numbering.stands_at(self._counted.before) and self._versions == self._found_versions()
 
     def repeat(self, context: Context) -> None:
         context.numbering.go_to(self._counted.after)
         context.recorder.replays.append(self._call)
+
+    def _found_versions(self) -> list[int]:
+        with plainly():
+            return [weight._version for weight in self._weights]
 
 
 class Frame:

@@ -42,9 +42,6 @@ MAX_DEPTH = 10
 class Pattern(Protocol):
     """What values are to be like, part by part."""
 
-    def matches(self, values: object) -> bool:
-        """Whether they are. Nothing is measured."""
-
 
 class Table(Protocol):
     """The rows of one step. `begin` and `end` raise nothing: what they can't do is to be done anew.

@@ -87,6 +87,13 @@ bool is_of(const Job& job, const Form& form) {
     return true;
 }
 
+// Python reads them where they lie, as two int64s.
+struct Counts {
+    std::atomic<int64_t> settled{0};  // steps
+    std::atomic<int64_t> bytes{0};    // written
+};
+static_assert(sizeof(Counts) == 2 * sizeof(int64_t) && std::atomic<int64_t>::is_always_lock_free);
+
 class Lane {
   public:
     void put(Job job) {
@@ -108,7 +115,7 @@ class Lane {
             const bool done = make(jobs.front());  // only this thread takes from the front
             held.lock();
             refused = !done;
-            if (refused) return settled;
+            if (refused) return counts.settled;
             settle();
         }
     }
@@ -116,11 +123,10 @@ class Lane {
     // Returns when so many have been settled.
     void wait(int64_t count) {
         std::unique_lock<std::mutex> held(lock);
-        gone.wait(held, [this, count] { return settled >= count; });
+        gone.wait(held, [this, count] { return counts.settled >= count; });
     }
 
-    std::atomic<int64_t> settled{0};  // steps
-    std::atomic<int64_t> bytes{0};    // written
+    Counts counts;
 
   private:
     std::mutex lock;
@@ -132,7 +138,7 @@ class Lane {
     void settle() {
         refused = false;
         jobs.pop_front();
-        settled++;
+        counts.settled++;
         gone.notify_all();
     }
 
@@ -166,7 +172,7 @@ class Lane {
         if (!write_folder(job.folder.c_str(), part.c_str(), contents.data(), contents.size())) return false;
         if (static_cast<int64_t>(job.folder.size()) < form.last_room)
             std::memcpy(form.last, job.folder.c_str(), job.folder.size() + 1);
-        for (const Content& content : contents) bytes += content.size;
+        for (const Content& content : contents) counts.bytes += content.size;
         return true;
     }
 };

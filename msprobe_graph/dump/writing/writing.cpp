@@ -26,7 +26,6 @@ int64_t msprobe_graph_lane_run(Lane* lane) { return lane->run(); }
 
 void msprobe_graph_lane_wait(Lane* lane, int64_t count) { lane->wait(count); }
 
-int64_t msprobe_graph_lane_settled(Lane* lane) { return lane->settled; }
-
-int64_t msprobe_graph_lane_bytes(Lane* lane) { return lane->bytes; }
+// Where its counts are: how many steps have been settled, and how many bytes were written.
+const void* msprobe_graph_lane_counts(Lane* lane) { return &lane->counts; }
 }

@@ -52,7 +52,7 @@ def row_order(worker: Any, scheduler_output: Any) -> list[str]:
 def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[Request]:
     """The scheduled requests, their rows in the order given, under the names that the clients know."""
     names = {request: client_name(request) for request in order}
-    used = Counter(names.values())
+    used = Counter(names.values()) if len(set(names.values())) < len(names) else {}
     progress = _progress(worker.model_runner, scheduler_output)
     tokens, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
     found, begin = [], 0
@@ -63,7 +63,7 @@ def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[R
         phase: Literal["prefill", "decode"] = (
             "decode" if known > prompt and first == known - 1 and count == made else "prefill"
         )
-        shown = name if used[name] == 1 else request
+        shown = request if used.get(name, 1) > 1 else name
         found.append(Request(shown, begin, begin + count, phase, (first, first + count)))
         begin += count
     return found

@@ -7,14 +7,6 @@
 
 namespace {
 
-PyObject* matches(PyObject* self, PyObject* values) {
-    const Pattern* const pattern = reinterpret_cast<Pattern*>(self);
-    const Unseen unseen(pattern->overrides);
-    const bool like = unseen && Match(pattern->parts).whole(values);
-    PyErr_Clear();
-    return PyBool_FromLong(like);
-}
-
 PyObject* attach(PyObject* self, PyObject* arguments) {
     GpuRows& gpu = reinterpret_cast<Table*>(self)->gpu;
     long long device, stream, address, room;
@@ -124,11 +116,6 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 // What they do stands in likeness.py.
-PyMethodDef pattern_methods[] = {
-    {"matches", matches, METH_O, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 PyMethodDef table_methods[] = {
     {"begin", fast(begin), METH_FASTCALL, nullptr},
     {"end", fast(end), METH_FASTCALL, nullptr},
@@ -169,7 +156,6 @@ bool add_type(PyObject* to, PyTypeObject& type, const char* name, size_t size, n
 PyMODINIT_FUNC PyInit__pattern(void) {
     make_names();
     Ref made(PyModule_Create(&module));
-    pattern_type.tp_methods = pattern_methods;
     table_type.tp_methods = table_methods;
     if (!made || !add_type(made.get(), pattern_type, "_pattern.Pattern", sizeof(Pattern), new_pattern, delete_pattern) ||
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
