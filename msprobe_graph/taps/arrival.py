@@ -23,9 +23,14 @@ WORDS = SLOT.size // 8
 
 
 class Event(Protocol):
-    """torch.Event, as far as it is needed here."""
+    """Tells when all is there."""
 
     def synchronize(self) -> None: ...
+
+    @property
+    def native(self) -> tuple[int, int] | None:
+        """The address of a C function that tells whether it has happened, and what that is given: see
+        `dump.records.Arriving`. None where there is no such function."""
 
 
 class Slot(NamedTuple):
@@ -151,7 +156,7 @@ class Arrival:
 
     def lies_at(self) -> tuple[int, int, int, int] | None:
         """See `dump.records.Arriving`."""
-        event = getattr(self._event, "native", None)
+        event = self._event.native
         return None if event is None else (self._host.data_ptr(), len(self._host), *event)
 
     @functools.cached_property

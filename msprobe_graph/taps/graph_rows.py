@@ -13,9 +13,9 @@ from . import triton_kernels as kernels
 from .arrival import Arrival, Shape, Slot
 from .graph_copies import GraphCopies
 from .landing import Landings
-from .launching import launch, on_device
+from .launching import current_stream, launch, on_device
 from .triton_copies import copy_listed
-from .triton_rows import DENSE, FINISHING_WARPS, KINDS, WARPS, Kind, layout, meaning, parts
+from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
 
 ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
@@ -156,11 +156,10 @@ class GraphRows:
     def _arrive(self, count: int, copied: Collection[Slot]) -> Arrival:
         rows = self._state[1], self._state[2]
         self._wait()
-        landing = self._landings.take(count)
-        parameters = self._rows, self._headers, landing.words
-        launch(kernels.finish, count, *parameters, ANEW=True, num_warps=FINISHING_WARPS)
+        stream = current_stream(self.device.index)
+        landing = self._landings.bring(self._rows, self._headers, count, stream, anew=True)
         copies = None if self._copies is None else self._copies.bring(copied, rows)
-        landing.expect(torch.cuda.current_stream(self.device))
+        landing.expect(stream)
         return Arrival(landing.words, landing, self._shapes, rows, copies)
 
     def _aside(self) -> torch.cuda.StreamContext:

@@ -1,60 +1,89 @@
-"""Where a GPU's rows arrive on the host: kernels write them there, and an event tells when they have."""
+"""Where a GPU's rows arrive on the host: a kernel writes them there, and an event tells when it has."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 
+from . import triton_kernels as kernels
 from .arrival import WORDS
+from .launching import Kernel, launch
+from .likeness import extension
+from .triton_rows import FINISHING_WARPS
 
-Memory = tuple[torch.Tensor, torch.cuda.Event]
+
+class Memory(NamedTuple):
+    """What one step after the other uses, but no two at a time."""
+
+    words: torch.Tensor
+    """int64s in pinned memory, of shape [rows, WORDS]."""
+    address: int
+    event: torch.cuda.Event
 
 
 class Landings:
-    """Memory for the rows of one step after the other. To get pinned memory and an event anew takes longer than a step
-    has."""
+    """Brings the rows of one step after the other. To get pinned memory and an event anew, or to have Triton launch a
+    kernel, takes longer than a step has."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Memory]] = defaultdict(list)
         """By their rows: from step to step these are the same, or one of a few numbers."""
+        self._kernels: dict[bool, Kernel | None] = {}
+        """By `anew`."""
 
-    def take(self, rows: int) -> Landing:
-        """Room for so many rows, for the stream that is current."""
-        free = self._free[rows]
-        if free:
-            return Landing(free, *free.pop())
-        words = torch.empty((rows, WORDS), dtype=torch.int64, device="cpu", pin_memory=True)
-        return Landing(free, words, torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+    def bring(
+        self, rows: torch.Tensor, headers: torch.Tensor, count: int, stream: torch.cuda.Stream, anew: bool
+    ) -> Landing:
+        """Have the first `count` of the headers' rows brought, in the stream, which is the current one. anew: see
+        `triton_kernels.finish`. Both tensors begin at multiples of 16 bytes."""
+        free = self._free[count]
+        memory = free.pop() if free else _memory(count)
+        compiled, kernel = extension(), self._kernels.get(anew)
+        addresses = rows.data_ptr(), headers.data_ptr(), memory.address
+        if compiled is None or kernel is None or not compiled.launch(kernel, count, stream.cuda_stream, *addresses):
+            parameters = rows, headers, memory.words
+            launch(kernels.finish, count, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
+            self._kernels[anew] = launch.kernel(kernels.finish, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
+        return Landing(free, memory)
 
 
 class Landing:
     """The rows of one step. When nobody refers to it any more its memory is another's."""
 
-    def __init__(self, free: list[Memory], words: torch.Tensor, event: torch.cuda.Event) -> None:
+    def __init__(self, free: list[Memory], memory: Memory) -> None:
         self._free = free
-        self._event = event
-        self.words = words
-        """int64s in pinned memory, of shape [rows, WORDS]: kernels are to write all of them."""
+        self._memory = memory
+
+    @property
+    def words(self) -> torch.Tensor:
+        """int64s of shape [rows, WORDS], once they are there."""
+        return self._memory.words
 
     def expect(self, stream: torch.cuda.Stream) -> None:
-        """All is written at this point of the stream."""
-        self._event.record(stream)
+        """All is there at this point of the stream."""
+        self._memory.event.record(stream)
 
     @property
     def native(self) -> tuple[int, int] | None:
-        """The driver's function that tells whether an event has happened, and the event that it is to be asked for."""
+        """See `arrival.Event`."""
         query = _query()
-        return None if query is None else (query, self._event.cuda_event)
+        return None if query is None else (query, self._memory.event.cuda_event)
 
     def synchronize(self) -> None:
-        """Wait until it is, without holding the interpreter's lock or a core."""
-        self._event.synchronize()
+        """Wait until all is there, without holding the interpreter's lock or a core."""
+        self._memory.event.synchronize()
 
     def __del__(self) -> None:
-        self._free.append((self.words, self._event))
+        self._free.append(self._memory)
+
+
+def _memory(rows: int) -> Memory:
+    words = torch.empty((rows, WORDS), dtype=torch.int64, device="cpu", pin_memory=True)
+    return Memory(words, words.data_ptr(), torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
 
 
 @functools.cache

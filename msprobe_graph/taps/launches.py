@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import triton_kernels as kernels
-from .launching import launch, on_stream
-from .triton_rows import FINISHING_WARPS, KINDS, WARPS, layout, meaning, measuring, parts
+from .launching import current_stream, launch, on_stream
+from .triton_rows import KINDS, WARPS, layout, meaning, measuring, parts
 
 if TYPE_CHECKING:
     from .landing import Landing
@@ -64,13 +64,13 @@ class LaunchedRows:
     """One step's rows of that kind, of the device and the stream that are current when it is made."""
 
     def __init__(self, table: Table, memory: RowMemory) -> None:
-        self._stream = torch.cuda.current_stream()
+        device: int = torch._C._cuda_getDevice()
+        self._stream = current_stream(device)
         self._table = table
         self._memory = memory
         self._chunk = memory.take(memory.room, self._stream)
         self._landing: Landing | None = None
-        device = self._stream.device
-        table.attach(device.index, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
+        table.attach(device, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
 
     def seal(self, finished: bool) -> None:
         """Have what was measured brought to the host, without waiting for it. When it is `finished` nothing is added
@@ -78,18 +78,13 @@ class LaunchedRows:
         headers = self._table.headers()
         if headers:
             with on_stream(self._stream):
-                self._bring(self._memory.headers(headers, self._stream.device), finished)
+                where = self._memory.headers(headers, self._stream.device)
+                self._landing = self._memory.landings.bring(self._chunk, where, len(where), self._stream, finished)
+                self._landing.expect(self._stream)
         if finished:
             if self._table.ran_out():
                 self._memory.make_room()
             self._memory.give_back(self._chunk, self._stream)
-
-    def _bring(self, headers: torch.Tensor, finished: bool) -> None:
-        count = len(headers)
-        self._landing = self._memory.landings.take(count)
-        parameters = self._chunk, headers, self._landing.words
-        launch(kernels.finish, count, *parameters, ANEW=finished, num_warps=FINISHING_WARPS)
-        self._landing.expect(self._stream)
 
     kind = None
 

@@ -117,6 +117,14 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return _NOTHING if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
 
 
+def current_stream(index: int) -> torch.cuda.Stream:
+    """torch's own function makes an object each time, which takes longer than a launch."""
+    handle: int = torch._C._cuda_getCurrentRawStream(index)
+    if (index, handle) not in _streams:
+        _streams[index, handle] = torch.cuda.current_stream(index)
+    return _streams[index, handle]
+
+
 def on_stream(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
     """The same of a stream and its device."""
     index = stream.device.index
@@ -126,5 +134,6 @@ def on_stream(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
 
 
 _NOTHING = nullcontext()
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 launch = Launching()
 """This process's: kernels are loaded once."""

@@ -117,6 +117,8 @@ class _Widened(Event):
         self._wait = wait
         self._which = [number for number, each in enumerate(single[: len(host)]) if each]
 
+    native = None
+
     def synchronize(self) -> None:
         which, self._which = self._which, []
         self._wait()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 
-from .landing import Landings
+if TYPE_CHECKING:
+    from .landing import Landings
 
 CHUNK = 1 << 17
 """Rows that are allocated at once: 8 MiB."""
@@ -28,9 +31,15 @@ class RowMemory:
         """By device and stream: what one stream zeroes, another may not use at once."""
         self._lock = threading.Lock()
         self._headers: tuple[bytes, torch.device, torch.Tensor] | None = None
-        self.landings = Landings()
         self.room = CHUNK
         """Rows for one step's calls that are like earlier ones."""
+
+    @functools.cached_property
+    def landings(self) -> Landings:
+        """Where the rows of calls that are like earlier ones arrive."""
+        from .landing import Landings  # which needs Triton
+
+        return Landings()
 
     def make_room(self) -> None:
         """They were too few: from the next step on there are more."""

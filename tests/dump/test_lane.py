@@ -59,6 +59,8 @@ class Late:
 class Unknown:
     """One of which only Python can tell."""
 
+    native = None
+
     def synchronize(self) -> None:
         pass
 

@@ -30,6 +30,8 @@ COUNTED = Slot(0, 0, 1)
 class Done:
     """An event that has happened."""
 
+    native = None
+
     def synchronize(self) -> None:
         pass
 

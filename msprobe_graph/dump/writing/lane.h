@@ -21,6 +21,8 @@ constexpr int64_t WORDS = 10;           // of a slot, as it arrives; arrival.py 
 constexpr int64_t FIRED = 8, TAG = 9;
 constexpr int NOT_READY = 600;          // what the driver says of an event that has not happened
 constexpr auto POLL = std::chrono::microseconds(40);
+constexpr int PATIENCE = 500;           // so often it is looked for a job before the thread sleeps: to wake it costs the
+                                        // program more than all else
 
 // lane.py has the same structures.
 
@@ -97,11 +99,9 @@ static_assert(sizeof(Counts) == 2 * sizeof(int64_t) && std::atomic<int64_t>::is_
 class Lane {
   public:
     void put(Job job) {
-        {
-            const std::lock_guard<std::mutex> held(lock);
-            jobs.push_back(std::move(job));
-        }
-        come.notify_one();
+        const std::lock_guard<std::mutex> held(lock);
+        jobs.push_back(std::move(job));
+        if (idle) come.notify_one();
     }
 
     // Writes what comes. Returns when a step is of none of its forms, or can't be written like this: its number, from 0.
@@ -110,7 +110,14 @@ class Lane {
         std::unique_lock<std::mutex> held(lock);
         if (refused) settle();
         while (true) {
+            for (int turn = 0; jobs.empty() && turn < PATIENCE; turn++) {
+                held.unlock();
+                std::this_thread::sleep_for(POLL);
+                held.lock();
+            }
+            idle = true;
             come.wait(held, [this] { return !jobs.empty(); });
+            idle = false;
             held.unlock();
             const bool done = make(jobs.front());  // only this thread takes from the front
             held.lock();
@@ -132,7 +139,7 @@ class Lane {
     std::mutex lock;
     std::condition_variable come, gone;
     std::deque<Job> jobs;
-    bool refused = false;
+    bool refused = false, idle = false;
     std::vector<char> buffer;
 
     void settle() {

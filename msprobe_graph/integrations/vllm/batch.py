@@ -11,7 +11,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
@@ -20,14 +20,10 @@ from msprobe_graph.dump.records import Request
 _SUFFIX = re.compile(r"-[0-9a-f]{8}")
 
 
-class Progress(NamedTuple):
-    """How far a request is when a step begins, in tokens."""
-
-    computed: int
-    """From the first on, how many need not be computed: an earlier step has, or another request that begins alike."""
-    prompt: int
-    known: int
-    """The prompt and what has been made since, a token that another step is just making included."""
+Progress = tuple[int, int, int]
+"""How far a request is when a step begins, in tokens: how many, from the first on, need not be computed, as an earlier
+step has, or another request that begins alike; how many the prompt has; and how many are known, the prompt and what has
+been made since, a token that another step is just making included."""
 
 
 def row_order(worker: Any, scheduler_output: Any) -> list[str]:
@@ -100,14 +96,14 @@ def _progress(runner: Any, scheduler_output: Any) -> dict[str, Progress]:
     for new in scheduler_output.scheduled_new_reqs:  # V2 gets those that resume after a preemption here, too
         prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
         known = len(new.prefill_token_ids or ()) or prompt
-        found[new.req_id] = Progress(new.num_computed_tokens, prompt, known)
+        found[new.req_id] = (new.num_computed_tokens, prompt, known)
     cached = scheduler_output.scheduled_cached_reqs
     prompt_length = _prompt_lengths(runner)
     for request, computed, made in zip(
         cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
     ):
         prompt = prompt_length(request)
-        found[request] = Progress(computed, prompt, prompt + made)
+        found[request] = (computed, prompt, prompt + made)
     return found
 
 
