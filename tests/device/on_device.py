@@ -220,6 +220,29 @@ def test_a_replayed_step_is_a_step_without_graphs(tmp_path: Path, level: str) ->
         assert_alike(here, there)
 
 
+def test_steps_follow_one_another_at_once_and_rest_keeps_out_what_is_replayed_between(tmp_path: Path) -> None:
+    def replayed(debugger: PrecisionDebugger) -> None:
+        compiled, graph, x = captured(debugger)
+        session = debugger.session
+        for number in range(4):
+            if number == 2:
+                session.rest()
+                x.fill_(99.0)
+                graph.replay()
+            x.copy_(batch(number))
+            session.resume({"": compiled})
+            graph.replay()
+            session.next_step(at_once=True)
+
+    with torch.no_grad():
+        _, *found = dumped(tmp_path, replayed, level="L0")
+    assert len(found) == 4
+    for number, step in enumerate(found):
+        root: TensorAt = next(tensor for tensor in step.tensors() if tensor.position == "input_args.0")
+        assert root.record["Max"] == pytest.approx(batch(number).max().item(), rel=1e-6)
+        assert not any("more than once" in reason for reason in holes(step).values())
+
+
 def test_two_replays_in_a_step_are_said(tmp_path: Path) -> None:
     def replayed(debugger: PrecisionDebugger) -> None:
         _, graph, _ = captured(debugger)

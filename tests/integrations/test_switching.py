@@ -27,6 +27,7 @@ def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "INTERVAL", 0.0)  # the file is looked at in every step
         with engine(tiny_model, additional_config={"dump_config_path": str(config)}) as llm:
+            generate(llm)  # so that there is a dump, whichever test comes first
             yield llm, config, dump
 
 
