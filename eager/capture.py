@@ -139,6 +139,8 @@ class EagerCapture:
 
     def remove(self) -> None:
         """Leave the models as they were found."""
+        if not self._watched:
+            return
         self.stop()
         self._forget_calls()
         self._hooks.remove()

@@ -167,7 +167,8 @@ class Session:
 
     def rest(self) -> None:
         """What CUDA graphs replay until `resume` is nobody's."""
-        self.boundary.attempt(GRAPHS, self.replays.switch, False)
+        if self.replays.measuring:
+            self.boundary.attempt(GRAPHS, self.replays.switch, False)
 
     def pause(self) -> None:
         """Capture nothing until `resume`. Unless the step soon ends, what it has so far is written as unfinished."""
@@ -205,9 +206,12 @@ class Session:
             self._writer.undraft()
 
     def _begin_step(self) -> None:
-        self._dirty = False
+        untouched, self._dirty = not self._dirty, False
         if self.capture is not None and self._recorder is not None:
-            self._recorder.begin(self.step)
+            if untouched:  # as all are while capture is off
+                self._recorder.renumber(self.step)
+            else:
+                self._recorder.begin(self.step)
             self.capture.begin_step(self.step)
             self.boundary.holes.clear()
 

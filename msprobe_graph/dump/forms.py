@@ -32,7 +32,7 @@ class Likely(NamedTuple):
     alike: object
     holes: Sequence[Hole]
     sites: tuple[int, int]
-    graphs: Sequence[int]
+    graphs: Mapping[int, object]
 
     @classmethod
     def of(cls, step: Step) -> Likely | None:
@@ -41,7 +41,7 @@ class Likely(NamedTuple):
             return None
         replays = [replay.form for replay in step.replays]
         alike = None if step.alike is None else step.alike.form
-        return cls(step.entries, replays, alike, list(step.holes), (step.expected, step.captured), list(step.graphs))
+        return cls(step.entries, replays, alike, list(step.holes), (step.expected, step.captured), dict(step.graphs))
 
     def is_like(self, other: Likely) -> bool:
         return same_objects(self.entries, other.entries) and self[1:] == other[1:]

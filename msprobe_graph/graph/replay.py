@@ -251,6 +251,11 @@ class Replays:
     def round(self) -> int | None:
         return self._round if self.listening else None
 
+    @property
+    def measuring(self) -> bool:
+        """Whether graphs were told to."""
+        return self._switched[0]
+
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """See `GraphRows.switch`."""
         self._switched = on, begin, end

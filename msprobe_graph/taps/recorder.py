@@ -110,6 +110,10 @@ class Recorder:
         self.graphs: dict[int, Callable[[], dict[str, Any]]] = {}
         """By id: what describes, when the step is over, a compiled graph that ran in it."""
 
+    def renumber(self, number: int) -> None:
+        """The running step, in which there is nothing yet, is step `number`."""
+        self._number = number
+
     def go_on(self, cut: Sequence[Slice], requests: Sequence[Request] = (), padding: Padding | None = None) -> None:
         """The running step goes on, with these requests in its batch."""
         self.cut, self.requests, self.padding = cut, list(requests), padding

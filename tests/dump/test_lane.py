@@ -182,12 +182,14 @@ def test_what_the_device_tells_makes_another_form(capture: Capture, plain: Captu
 
 def test_steps_that_differ_beforehand_have_forms_of_their_own(capture: Capture, plain: Capture) -> None:
     holes = [], [Hole("Module.m9", "why")]
+    graphs = {7: {"calls": 3}}, {7: {"calls": 3, "verdict": "exact"}}
     for made in (capture, plain):
         replayed, other = call(2), call(1)
         for number in range(18):
             arrived = arrival([number + 0.5, 1.0], [1, 1], Done(), end=(-1, 2, 4)[number % 3])
             which = other if number % 9 > 6 else replayed
-            made.write(step(number, which, arrived, holes=list(holes[number % 2])))
+            given = {"holes": list(holes[number % 2]), "graphs": dict(graphs[number > 12])}
+            made.write(step(number, which, arrived, **given))
     for number in range(18):
         assert capture.files(number) == plain.files(number)
 
