@@ -1,17 +1,19 @@
 """What a decode step and a prefill of vLLM cost on a GPU: untapped, asked to capture but switched off, capturing.
 
-    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8 64] [--level L0 mix] [--rounds 5] [--vllm JSON]
+    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8 64] [--level L0 mix L0:tensor] [--rounds 5] [--vllm JSON]
 
 vLLM runs as it starts by itself, with CUDA graphs and each engine in a process of its own, on a Qwen2 of the size 0.5b
-or 7b with dummy weights in bfloat16. One engine is untapped; there is another one for each level, in which capture is
-switched on and off in turn (msprobe_start and msprobe_stop). They are started at once, live at once on the GPU and take
-turns within each round. A decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a
-prefill is one request of 4096 tokens and one token for it. Medians of the rounds, and the ratio to untapped:
+or 7b with dummy weights in bfloat16; tiny is for trying this out, on a CPU, too. One engine is untapped; there is one
+more for each level (with task statistics, if none follows a colon), in which capture is switched on and off in turn by
+msprobe_start and msprobe_stop. They are started at once, live at once on the GPU and take turns within each round. A
+decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a prefill is one request of 4096
+tokens and one token for it. Medians of the rounds, the ratio to untapped, and what a captured step takes on the disk:
 
     7b                           untapped            off, L0           on, L0
     decode step, 8 requests      4.686 ms     4.838 ms  1.03    5.546 ms  1.18
     prefill of 4096            136.292 ms   135.799 ms  1.00  153.179 ms  1.12
-    tokens equal: yes; steps captured: L0 332
+    L0: 332 steps; decode, 8 requests: 0.31 MB, prefill: 0.32 MB
+    tokens equal: yes
 
 `--vllm` has further arguments for vllm.LLM, as JSON: '{"attention_config": {"backend": "TRITON_ATTN"}}'.
 """
@@ -32,7 +34,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "7b": (3584, 18944, 28, 28, 4)}
+SHAPES = {"tiny": (128, 256, 2, 2, 1), "0.5b": (896, 4864, 24, 14, 2), "7b": (3584, 18944, 28, 28, 4)}
 """Hidden size, inner size, layers, heads, key-value heads."""
 PROMPT, SHORT, LONG = 16, 8, 72
 PREFILL = 4096
@@ -55,7 +57,7 @@ def model_config(size: str) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "hidden_act": "silu",
-        "tie_word_embeddings": size == "0.5b",
+        "tie_word_embeddings": size != "7b",
         "torch_dtype": "bfloat16",
         "use_sliding_window": False,
         "bos_token_id": 151643,
@@ -173,7 +175,8 @@ def kinds(options: argparse.Namespace, folder: Path) -> tuple[list[Engine], dict
     plain = Engine(options, folder / "untapped")
     engines, found = [plain], {"untapped": Measured(plain)}
     for level in options.level:
-        config = {"task": "statistics", "level": level, "dump_path": str(folder / level / "dump")}
+        name, _, task = level.partition(":")
+        config = {"task": task or "statistics", "level": name, "dump_path": str(folder / level / "dump")}
         tapped = Engine(options, folder / level, additional_config={"dump_config": config})
         engines.append(tapped)
         found[f"off, {level}"] = Measured(tapped, "msprobe_stop")
@@ -191,9 +194,24 @@ def report(options: argparse.Namespace, folder: Path, measured: dict[str, Measur
             if kind != "untapped":
                 line += f"{other.median(what):10.3f} ms{other.median(what) / base:6.2f}"
         print(line)
+    for level in options.level:
+        steps = list((folder / level / "dump").glob("step*/*"))
+        taken: dict[str, list[int]] = defaultdict(list)
+        for step in steps:
+            taken[kind_of(step)].append(sum(file.stat().st_size for file in step.rglob("*")))
+        asked = [*(f"decode, {requests} requests" for requests in options.requests), "prefill"]
+        told = ", ".join(f"{kind}: {statistics.median(taken[kind]) / 1e6:.2f} MB" for kind in asked if taken[kind])
+        print(f"{level}: {len(steps)} steps; {told}")
     equal = all(other.tokens == plain.tokens for other in measured.values())
-    steps = ", ".join(f"{level} {len(list((folder / level / 'dump').glob('step*')))}" for level in options.level)
-    print(f"tokens equal: {'yes' if equal else 'no'}; steps captured: {steps}")
+    print(f"tokens equal: {'yes' if equal else 'no'}")
+
+
+def kind_of(step: Path) -> str:
+    """What was computed in a step, by its folder."""
+    requests = json.loads((step / "manifest.json").read_text())["requests"]
+    if all(request["phase"] == "decode" for request in requests):
+        return f"decode, {len(requests)} requests"
+    return "prefill" if requests[0]["end"] == PREFILL else "others"
 
 
 def main() -> None:
