@@ -69,18 +69,15 @@ class Lane:
         arriving = [_Table(*place) for place in places if place is not None]
         if len(arriving) < len(places):
             return False
+        try:
+            folder, requests = os.fsencode(self._folder(step.number)), tree(step.requests)
+        except UnicodeEncodeError:  # the writer says so
+            return False
+        known = _array(ctypes.c_void_p, len(forms))(*(form.address for form in forms))
+        there = _array(_Table, len(arriving))(*arriving)
         self._kept[self._taken] = step, forms
         self._taken += 1
-        self._functions.put(
-            self._handle,
-            _array(ctypes.c_void_p, len(forms))(*(form.address for form in forms)),
-            len(forms),
-            _array(_Table, len(arriving))(*arriving),
-            len(arriving),
-            os.fsencode(self._folder(step.number)),
-            step.number,
-            tree(step.requests),
-        )
+        self._functions.put(self._handle, known, len(forms), there, len(arriving), folder, step.number, requests)
         return True
 
     def _settle(self) -> None:

@@ -152,7 +152,7 @@ class StepFiles:
     def _files(self, step: Step, begun: bool) -> dict[str, Parts]:
         """All but the manifest."""
         head = self._head(self.folder(step.number), begun)
-        own = entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
+        own = self._own(step)
         entries = list(step.all_entries)
         files: dict[str, Parts] = {
             "dump.json": document(head, [*(block.lines or b"" for block in step.blocks), own]),
@@ -163,11 +163,16 @@ class StepFiles:
             files["debug.json"] = document(head, [lines(step.saved.items())])
         return files
 
+    def _own(self, step: Step) -> bytes | Filled:
+        """What dump.json holds of the entries that are in no block."""
+        return entry_lines(step.entries) if step.alike is None else step.alike.encode(step.entries)
+
     def _form(self, step: Step, arrived: Sequence[Arriving]) -> Form | None:
         """That of a step that was written; None where some of its text has no holes, but numbers."""
         files = self._files(step, begun=False)
         filled = sum(isinstance(part, Filled) for parts in files.values() for part in parts)
-        if filled < len(step.blocks) + (step.alike is not None):
+        wanted = sum(bool(block.lines) for block in step.blocks)
+        if filled < wanted + (step.alike is not None and bool(self._own(step))):
             return None
         return Form(files, arrived, self._manifests.frame(step))
 

@@ -121,6 +121,10 @@ class Filled:
         self.template = template
         self.tables = tables
 
+    def __bool__(self) -> bool:
+        """Whether there is any text."""
+        return self.template.room > 0
+
     def __bytes__(self) -> bytes:
         return self.template.fill(self.tables)
 

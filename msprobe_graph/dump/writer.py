@@ -81,8 +81,9 @@ class Writer:
         if ring is None and lanes():
             self.files.forms = Forms()
             self._lane = Lane(self.files.forms, self.files.path, self.budget, self._put)
-        self._dropped: int | None = None
-        """The step that was dropped last: it comes again, but what there is of it goes first."""
+        self._queued: int | None = None
+        """The last step of which something went into the queue, a draft or that it was dropped: what comes of it must
+        not overtake that."""
         self._boundary = boundary
         self._path = str(dump_path)
         # A SimpleQueue, because fire() puts into it from a signal handler, in the middle of anything.
@@ -140,11 +141,14 @@ class Writer:
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has
         no use for it."""
-        lane = None if self.files.failed is not None or step.number == self._dropped else self._lane
+        if self.pid != os.getpid():
+            return
+        lane = None if self.files.failed is not None or step.number == self._queued else self._lane
         if lane is not None and lane.take(step):
             lane.wait(QUEUED_STEPS)
-        else:
-            self._put(step)
+            return
+        self._queued = step.number
+        self._put(step)
 
     def _put(self, step: Step) -> None:
         size = step.arriving
@@ -156,7 +160,7 @@ class Writer:
 
     def drop(self, step: int) -> None:
         """Forget what has come of a step that runs, as if it had not begun."""
-        self._dropped = step
+        self._queued = step
         self._jobs.put(_Drop(step))
 
     def fire(self, flushed: Flushed, running: bool) -> None:
@@ -166,7 +170,8 @@ class Writer:
 
     def wait(self, behind: int) -> None:
         """Return when at most so many of the steps handed over are not on disk yet, or in the ring."""
-        while self._queued_steps + self._in_lane > behind and self.pid == os.getpid():
+        # In this order: a step that the lane does not write is in the queue before it is out of the lane.
+        while self._in_lane + self._queued_steps > behind and self.pid == os.getpid():
             if self._lane is not None and self._in_lane:
                 self._lane.wait(self._in_lane - 1)
             else:
@@ -210,6 +215,7 @@ class Writer:
                     draft, self._draft = self._draft, None
                     step = self._boundary.attempt(self._path, draft) if draft is not None else None
                     if step is not None:
+                        self._queued = step.number
                         self._queued_steps += 1
                         return step
         return self._jobs.get()

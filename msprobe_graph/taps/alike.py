@@ -18,7 +18,7 @@ from .marks import Marks
 from .statistics import EMPTY, ROW, read_row
 
 if TYPE_CHECKING:
-    from .launches import LaunchedRows
+    from .launches import LaunchedTable
 
 Calls = Sequence[tuple[Likeness, int, int]]
 """Likenesses, each with the numbers of its records' first rows: of those on the CPU and of those on a GPU."""
@@ -57,7 +57,7 @@ class AlikeInStep:
     """One step's calls that are like those of earlier steps: a `dump.records.Alike`."""
 
     def __init__(
-        self, rows: bytes, launched: LaunchedRows | None, calls: Calls, shared: Sequence[Shared], texts: list[Text]
+        self, rows: bytes, launched: LaunchedTable | None, calls: Calls, shared: Sequence[Shared], texts: list[Text]
     ) -> None:
         """`rows` as `statistics.ROW` has them, and those on a GPU; `shared` are further records with the statistics of
         these calls' records, of the same shapes as in earlier steps. `texts` are those of the last steps, which the

@@ -15,6 +15,9 @@ from .launching import Kernel, launch
 from .likeness import extension
 from .triton_rows import FINISHING_WARPS
 
+LEAST = 256
+"""Rows that there is room for at least."""
+
 
 class Memory(NamedTuple):
     """What one step after the other uses, but no two at a time."""
@@ -30,38 +33,47 @@ class Landings:
     kernel, takes longer than a step has."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[Memory]] = defaultdict(list)
-        """By their rows: from step to step these are the same, or one of a few numbers."""
-        self._kernels: dict[bool, Kernel | None] = {}
-        """By `anew`."""
+        self._free: defaultdict[tuple[int, int, int], list[Memory]] = defaultdict(list)
+        """By device, stream, and how many rows there is room for: what one stream may still write, another may not."""
+        self._kernels: dict[tuple[int, bool], Kernel | None] = {}
+        """By device and `anew`."""
 
     def bring(
         self, rows: torch.Tensor, headers: torch.Tensor, count: int, stream: torch.cuda.Stream, anew: bool
     ) -> Landing:
         """Have the first `count` of the headers' rows brought, in the stream, which is the current one. anew: see
         `triton_kernels.finish`. Both tensors begin at multiples of 16 bytes."""
-        free = self._free[count]
-        memory = free.pop() if free else _memory(count)
-        compiled, kernel = extension(), self._kernels.get(anew)
+        device, handle = stream.device_index, stream.cuda_stream
+        room = max(LEAST, 1 << (count - 1).bit_length())
+        free = self._free[device, handle, room]
+        memory = free.pop() if free else _memory(room)
+        compiled, kernel = extension(), self._kernels.get((device, anew))
         addresses = rows.data_ptr(), headers.data_ptr(), memory.address
-        if compiled is None or kernel is None or not compiled.launch(kernel, count, stream.cuda_stream, *addresses):
+        if compiled is None or kernel is None or not compiled.launch(kernel, count, handle, *addresses):
             parameters = rows, headers, memory.words
             launch(kernels.finish, count, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
-            self._kernels[anew] = launch.kernel(kernels.finish, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
-        return Landing(free, memory)
+            found = launch.kernel(kernels.finish, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
+            self._kernels[device, anew] = found
+        return Landing(free, memory, count)
 
 
 class Landing:
     """The rows of one step. When nobody refers to it any more its memory is another's."""
 
-    def __init__(self, free: list[Memory], memory: Memory) -> None:
+    def __init__(self, free: list[Memory], memory: Memory, count: int) -> None:
         self._free = free
         self._memory = memory
+        self._count = count
 
     @property
     def words(self) -> torch.Tensor:
         """int64s of shape [rows, WORDS], once they are there."""
-        return self._memory.words
+        return self._memory.words[: self._count]
+
+    @property
+    def address(self) -> int:
+        """Where they are."""
+        return self._memory.address
 
     def expect(self, stream: torch.cuda.Stream) -> None:
         """All is there at this point of the stream."""

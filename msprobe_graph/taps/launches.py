@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import triton_kernels as kernels
+from .arrival import WORDS
 from .launching import current_stream, launch, on_stream
 from .triton_rows import KINDS, WARPS, layout, meaning, measuring, parts
 
@@ -69,40 +70,57 @@ class LaunchedRows:
         self._table = table
         self._memory = memory
         self._chunk = memory.take(memory.room, self._stream)
-        self._landing: Landing | None = None
+        self._arriving = LaunchedTable(None, 0)
         table.attach(device, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
 
     def seal(self, finished: bool) -> None:
         """Have what was measured brought to the host, without waiting for it. When it is `finished` nothing is added
         any more."""
         headers = self._table.headers()
+        self._arriving = LaunchedTable(None, len(headers) // 8)
         if headers:
             with on_stream(self._stream):
-                where = self._memory.headers(headers, self._stream.device)
-                self._landing = self._memory.landings.bring(self._chunk, where, len(where), self._stream, finished)
-                self._landing.expect(self._stream)
+                where = self._memory.headers(headers, self._stream)
+                landing = self._memory.landings.bring(self._chunk, where, len(where), self._stream, finished)
+                landing.expect(self._stream)
+                self._arriving = LaunchedTable(landing, len(where))
         if finished:
             if self._table.ran_out():
                 self._memory.make_room()
             self._memory.give_back(self._chunk, self._stream)
 
+    def table(self) -> LaunchedTable:
+        """What was sealed last."""
+        return self._arriving
+
+
+class LaunchedTable:
+    """Rows of that kind, WORDS int64s each, in the order in which they were measured: a `dump.records.Arriving`."""
+
     kind = None
+
+    def __init__(self, landing: Landing | None, count: int) -> None:
+        """`landing`: None where none were measured, or where it has failed to bring them."""
+        self._landing = landing
+        self._count = count
 
     @property
     def address(self) -> int:
-        """Of the rows, WORDS int64s each, in the order in which they were measured. Waits for the GPU."""
+        """Waits for the GPU. RuntimeError where rows have not been brought."""
         if self._landing is None:
+            if self._count:
+                raise RuntimeError(f"{self._count} rows of a GPU were not brought to the host")
             return 0
         self._landing.synchronize()
-        return self._landing.words.data_ptr()
+        return self._landing.address
 
     def lies_at(self) -> tuple[int, int, int, int] | None:
         """See `dump.records.Arriving`."""
         if self._landing is None:
-            return 0, 0, 0, 0
+            return None if self._count else (0, 0, 0, 0)
         event = self._landing.native
-        return None if event is None else (self._landing.words.data_ptr(), 0, *event)
+        return None if event is None else (self._landing.address, 0, *event)
 
     def words(self) -> bytes:
         """The same as bytes."""
-        return b"" if self._landing is None else ctypes.string_at(self.address, self._landing.words.nbytes)
+        return ctypes.string_at(self.address, self._count * WORDS * 8) if self._count else b""

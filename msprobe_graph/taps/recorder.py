@@ -159,7 +159,8 @@ class Recorder:
         calls = [] if self._table is None else self._table.calls()
         if self._table is None or not calls:
             return None
-        return AlikeInStep(self._table.contents(), self._launched, calls, self._shared_again, self._texts)
+        launched = None if self._launched is None else self._launched.table()
+        return AlikeInStep(self._table.contents(), launched, calls, self._shared_again, self._texts)
 
     def value(self, value: Any, stem: str | None, depth: int = 0) -> Any:
         """`value` with its tensors measured. `stem` is the start of their file names, None when they are not saved."""

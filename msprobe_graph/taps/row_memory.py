@@ -30,7 +30,7 @@ class RowMemory:
         self._free: defaultdict[tuple[torch.device, int], list[torch.Tensor]] = defaultdict(list)
         """By device and stream: what one stream zeroes, another may not use at once."""
         self._lock = threading.Lock()
-        self._headers: tuple[bytes, torch.device, torch.Tensor] | None = None
+        self._headers: tuple[bytes, torch.device, int, torch.Tensor] | None = None
         self.room = CHUNK
         """Rows for one step's calls that are like earlier ones."""
 
@@ -62,12 +62,14 @@ class RowMemory:
             with self._lock:
                 self._free[stream.device, stream.cuda_stream].append(chunk)
 
-    def headers(self, rows: bytes, device: torch.device) -> torch.Tensor:
-        """Numbers of rows, given as int64s, on the device: the same tensor again as long as they are the same."""
-        if self._headers is None or self._headers[:2] != (rows, device):
-            there = torch.frombuffer(bytearray(rows), dtype=torch.int64).pin_memory().to(device, non_blocking=True)
-            self._headers = rows, device, there
-        return self._headers[2]
+    def headers(self, rows: bytes, stream: torch.cuda.Stream) -> torch.Tensor:
+        """Numbers of rows, given as int64s, for the stream, which is the current one: the same tensor again as long as
+        they are the same."""
+        wanted = rows, stream.device, stream.cuda_stream
+        if self._headers is None or self._headers[:3] != wanted:
+            there = torch.frombuffer(bytearray(rows), dtype=torch.int64).pin_memory()
+            self._headers = *wanted, there.to(stream.device, non_blocking=True)
+        return self._headers[3]
 
 
 def _zeros(rows: int, stream: torch.cuda.Stream) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,47 @@ def test_a_step_that_was_dropped_comes_again(capture: Capture) -> None:
     capture.writer.drop(2)
     capture.write(step(2, replayed, arrival([2.5], [1], Done())))
     assert capture.maximum(2) == [2.5]
+
+
+def test_a_step_does_not_overtake_its_draft(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed = call(1)
+    capture.write(*(step(number, replayed, arrival([1.0], [1], Done())) for number in range(3)))
+    write = capture.writer.files.write
+    asked = threading.Event()
+
+    def slowly(job: Any) -> None:
+        asked.set()
+        time.sleep(0.3)
+        write(job)
+
+    monkeypatch.setattr(writer, "DRAFT_SECONDS", 0.01)
+    monkeypatch.setattr(capture.writer.files, "write", slowly)
+    capture.writer.draft(lambda: Step(3, entries=[Entry("draft", {"output": []})]))
+    assert asked.wait(10)
+    capture.writer.undraft()
+    capture.write(step(3, replayed, arrival([2.5], [1], Done())))
+    assert json.loads(capture.files(3)["manifest.json"])["status"] == "finished"
+    assert capture.maximum(3) == [2.5]
+
+
+def test_a_replay_without_entries_leaves_no_gap(capture: Capture) -> None:
+    empty, other = call(0), call(1)
+    for number in range(4):
+        arrived = arrival([2.5], [1], Done())
+        replays: list[Any] = [ReplayInStep(empty, arrived), ReplayInStep(other, arrived)]
+        capture.write(Step(number, replays=replays, finished=True))
+        assert capture.maximum(number) == [2.5]
+    assert capture.by_lane == 2
+
+
+def test_a_name_that_is_no_text_stops_nothing(capture: Capture) -> None:
+    replayed = call(1)
+    capture.write(*(step(number, replayed, arrival([1.0], [1], Done())) for number in range(3)))
+    bad = step(3, replayed, arrival([1.0], [1], Done()))
+    bad.requests = [Request("\ud800", 0, 1)]
+    capture.write(bad, step(4, replayed, arrival([2.5], [1], Done())))
+    assert capture.writer._boundary.failures == 1
+    assert capture.maximum(4) == [2.5]
 
 
 def test_a_disk_that_is_gone_is_said_once(capture: Capture, caplog: pytest.LogCaptureFixture) -> None:

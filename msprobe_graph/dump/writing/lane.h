@@ -179,6 +179,7 @@ class Lane {
         if (!write_folder(job.folder.c_str(), part.c_str(), contents.data(), contents.size())) return false;
         if (static_cast<int64_t>(job.folder.size()) < form.last_room)
             std::memcpy(form.last, job.folder.c_str(), job.folder.size() + 1);
+        contents.pop_back();  // the manifest does not count
         for (const Content& content : contents) counts.bytes += content.size;
         return true;
     }

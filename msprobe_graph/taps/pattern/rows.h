@@ -154,8 +154,12 @@ bool measure(Table* table, PyObject* likeness, PyObject* values) {
     for (const Leaf& leaf : match.leaves) {
         if (leaf.part->kind == ON_GPU) {
             if (headers.empty() && !gpu_ready(table->gpu, leaf.seen.device)) return false;
-            headers.push_back(0);
-            if (!launch(table, leaf, headers.back())) return false;
+            int64_t header;
+            if (!launch(table, leaf, header)) {  // what was launched is brought all the same, which clears its rows
+                table->gpu.headers.insert(table->gpu.headers.end(), headers.begin(), headers.end());
+                return false;
+            }
+            headers.push_back(header);
         } else {
             rows.push_back(Row());
             if (!read(table, leaf, &rows.back())) return false;
