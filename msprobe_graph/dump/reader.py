@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,8 @@ def steps(path: str | Path) -> list[Path]:
     `path` is a dump_path, a step folder or a process folder; DumpError when there is no dump there.
     """
     path = Path(path)
-    found = [file.parent for file in path.glob("**/dump.json") if file.parent.suffix != PART]
+    # os.walk takes it that a folder is no more, as when a step that is being written has become whole; glob does not.
+    found = [Path(folder) for folder, _, files in os.walk(path) if "dump.json" in files and not folder.endswith(PART)]
     if not found:
         what = "holds no dump.json" if path.is_dir() else "is no folder"
         raise DumpError(f"{path} {what}: expected a dump_path, or a step<N> or step<N>/rank<R> folder in it")
