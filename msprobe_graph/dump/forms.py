@@ -113,11 +113,11 @@ class Forms:
     def find(self, step: Step) -> list[Form]:
         """Those that the step may have."""
         likely = Likely.of(step)
-        return [] if likely is None else next((forms for known, forms in self._known if likely.is_like(known)), [])
+        return (None if likely is None else self._of(likely)) or []
 
     def learn(self, likely: Likely, arrived: Sequence[Arriving], make: Callable[[], Form | None]) -> None:
         """A step was written, with numbers that were there; `make` gives its form."""
-        forms = next((forms for known, forms in self._known if likely.is_like(known)), None)
+        forms = self._of(likely)
         if forms is None:
             forms = []
         elif all(form.kinds != _kinds(arrived) for form in forms):
@@ -125,6 +125,9 @@ class Forms:
             forms = forms if made is None else [made, *forms[: KNOWN - 1]]
         rest = [pair for pair in self._known if not likely.is_like(pair[0])]
         self._known = [(likely, forms), *rest[: KNOWN - 1]]
+
+    def _of(self, likely: Likely) -> list[Form] | None:
+        return next((forms for known, forms in self._known if likely.is_like(known)), None)
 
 
 def _kinds(arrived: Sequence[Arriving]) -> list[tuple[int, tuple[bytes, bytes]]]:
