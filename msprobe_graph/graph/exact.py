@@ -119,8 +119,10 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         for id, buffered in tapped.items():
             groups.setdefault((found_places[id], buffered.device, until.get(id)), []).append(id)
         taps = [Tap(place, device, ids, end) for (place, device, end), ids in groups.items()]
-        # What an earlier program has left standing may be what this one writes into.
-        taps += [Tap(0, device, []) for device in schedule.written() if device.type == "cuda" and kind == "inference"]
+        # Where they stand no longer; and what an earlier program has left standing may be what this one writes into.
+        ends = {(tap.until, tap.device) for tap in taps if tap.until not in (None, len(schedule.nodes))}
+        written = ((0, device) for device in schedule.written() if device.type == "cuda" and kind == "inference")
+        taps = [Tap(place, device, []) for place, device in sorted({*ends, *written}, key=str)] + taps
         taps = sorted(taps, key=lambda tap: tap.place) or [Tap(len(schedule.nodes), torch.device("cpu"), [])]
         before = schedule.names()
         report = Report(kind, list(tapped), missing, before, [*before, *("tap" for _ in taps)])

@@ -16,7 +16,8 @@ from .full import FullPass
 from .options import GraphOptions
 from .plan import node_of
 from .stamps import Wanted
-from .tap_op import TAP
+from .tap_op import TAP, TAP_STANDING
+from .writes import Writes
 
 AT_DYNAMO_LEVEL = (
     "the inner backend {} offers no place behind AOTAutograd, so taps are in the graph that it was given; they can "
@@ -106,14 +107,17 @@ def _tapped_by(tap: FullPass) -> Callable[..., Any]:
     return compile_aten
 
 
-def tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted]) -> None:
-    """Taps on forward values, each right behind its node."""
+def tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted], writes: Writes | None = None) -> None:
+    """Taps on forward values, each right behind its node. `writes`: those of the graph, if nothing else writes into
+    the memory of these values; then what none writes into is told to be standing."""
     nodes = list(module.graph.nodes)
     for ref in wanted:
         node = nodes[node_of(ref)]
         if ref % 2 == 0 and node.op != "placeholder":
+            read = _written(node, wanted[ref])
+            stands = writes is not None and not any(writes.behind(read, since=node))
             with module.graph.inserting_after(node):
-                module.graph.call_function(TAP, ([_written(node, wanted[ref])], [ref], ""))
+                module.graph.call_function(TAP_STANDING if stands else TAP, ([read], [ref], ""))
     module.recompile()
 
 

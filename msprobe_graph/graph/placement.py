@@ -12,6 +12,9 @@ from .inductor_compat import Buffered, Schedule
 TOGETHER = 32
 """So many values share a tap on a device, where a call of a kernel costs more than to read a small value. They are kept
 in memory until then."""
+ROUND = 8
+"""A CUDA graph may measure together what so many taps were given, which costs one call for all of them. What stands is
+kept in memory until then."""
 
 
 def places(schedule: Schedule, values: Mapping[int, Buffered]) -> dict[int, int]:
@@ -29,15 +32,15 @@ def places(schedule: Schedule, values: Mapping[int, Buffered]) -> dict[int, int]
 
 
 def standing(schedule: Schedule, values: Mapping[int, Buffered], places: Mapping[int, int]) -> dict[int, int]:
-    """Which of the values, that are tapped at `places`, nothing overwrites before the next tap on their device, or the
-    end where there is none: by id that place. Of GPUs only: others don't measure beside the program."""
+    """Which of the values, that are tapped at `places`, nothing overwrites before taps on their device begin another
+    ROUND, or before the end where none does: by id that place. Of GPUs only: others measure each value at once."""
     found: dict[int, int] = {}
     for device in {value.device for value in values.values() if value.device.type == "cuda"}:
         ids = [id for id, value in values.items() if value.device == device]
         tapped = sorted({places[id] for id in ids})
-        following = dict(zip(tapped, [*tapped[1:], len(schedule.nodes)], strict=True))
-        until = {id: following[places[id]] for id in ids}
-        found.update((id, place) for id, place in until.items() if values[id].end >= place)
+        ends = [*tapped[ROUND::ROUND], len(schedule.nodes)]
+        until = {place: ends[number // ROUND] for number, place in enumerate(tapped)}
+        found.update((id, until[places[id]]) for id in ids if values[id].end >= until[places[id]])
     return found
 
 

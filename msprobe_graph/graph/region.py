@@ -148,12 +148,12 @@ class Region:
         invocations.push(listener)
         try:
             outputs = self._compiled(*inputs)
+            if captured:
+                self._boundary.attempt(SITE, listener.returned, outputs)
         finally:
             invocations.pop()
             if captured and self.frames.rows is not None:  # who called may write into what it gets
                 self._boundary.attempt(SITE, self.frames.rows.join)
-        if captured:
-            self._boundary.attempt(SITE, listener.returned, outputs)
         return outputs
 
 
@@ -186,10 +186,13 @@ class Listener:
 
     def returned(self, outputs: Sequence[Any]) -> None:
         self._frame.outputs = len(outputs)
-        self._measure({ref: outputs[position] for ref, position in self._region.plan.outputs.items()})
+        self._measure({ref: outputs[position] for ref, position in self._region.plan.outputs.items()}, standing=True)
 
     def _receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], standing: bool) -> None:
-        self._measure(dict(zip(ids, values, strict=True)), standing)
+        if values:
+            self._measure(dict(zip(ids, values, strict=True)), standing)
+        elif self._captured:
+            self._frame.rows.join()
 
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
         with unseen():

@@ -23,8 +23,8 @@ class Invocation(Protocol):
 
     def receive(self, values: Sequence[torch.Tensor], ids: Sequence[int], note: str, standing: bool = False) -> None:
         """`values` are the compiled program's own buffers: read them now, they may be overwritten right after. Those
-        that are `standing` are overwritten by nothing that the graph does before its next tap, and not if it has none;
-        but where nobody has a reference to them any more their memory serves others."""
+        that are `standing` are overwritten by nothing that the program does before a tap of no values, and not if there
+        is none; but where nobody has a reference to them any more their memory serves others."""
 
 
 class Invocations(threading.local):
@@ -52,6 +52,7 @@ invocations = Invocations()
 # sixteen values), this is 5 us (20 us).
 _library = torch.library.Library("msprobe_graph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("tap(Tensor[] values, int[] ids, str note) -> ()")  # type: ignore[no-untyped-call]
+_library.define("tap_standing(Tensor[] values, int[] ids, str note) -> ()")  # type: ignore[no-untyped-call]
 _library.define("note(str note) -> ()")  # type: ignore[no-untyped-call]
 _library.define("keep() -> ()")  # type: ignore[no-untyped-call]
 
@@ -64,7 +65,7 @@ def tap(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
 
 
 def tap_standing(values: Sequence[torch.Tensor], ids: Sequence[int], note: str) -> None:
-    """What generated Python calls for values that are standing: see `Invocation.receive`."""
+    """The same for values that are standing: see `Invocation.receive`."""
     invocation = invocations.top
     if invocation is not None:
         invocation.receive(values, ids, note, standing=True)
@@ -83,18 +84,20 @@ def _nothing(*_: object) -> None:
     pass
 
 
-_library.impl("tap", tap, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("tap", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-_library.impl("tap", _nothing, "Meta")  # type: ignore[no-untyped-call]
+for _does in (tap, tap_standing):
+    _library.impl(_does.__name__, _does, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(_does.__name__, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    _library.impl(_does.__name__, _nothing, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("note", _note, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("note", _nothing, "Meta")  # type: ignore[no-untyped-call]
 _library.impl("keep", _nothing, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 TAP: torch._ops.OpOverload = torch.ops.msprobe_graph.tap.default
+TAP_STANDING: torch._ops.OpOverload = torch.ops.msprobe_graph.tap_standing.default
 NOTE: torch._ops.OpOverload = torch.ops.msprobe_graph.note.default
 """A tap of no values. Inductor has to be told where it is: see inductor_compat."""
 KEEP: torch._ops.OpOverload = torch.ops.msprobe_graph.keep.default
 """A mark at the start of a graph, without code: while Inductor lowers it, everything lowered is kept findable."""
 
-for _operator in (TAP, NOTE, KEEP):
+for _operator in (TAP, TAP_STANDING, NOTE, KEEP):
     torch.fx.node.has_side_effect(_operator)

@@ -41,11 +41,11 @@ class Writes:
                 for storage in _storages(written):
                     self._writers[storage].append((position, node, example_value(written)))
 
-    def behind(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What writes into the memory of the tensor of `node` after it was made."""
-        made = self._positions.get(node, -1)
+    def behind(self, node: fx.Node, since: fx.Node | None = None) -> Iterator[fx.Node]:
+        """What writes into the memory of the tensor of `node` after it was made, or behind the node `since`."""
+        begin = self._positions.get(since or node, -1)
         for storage in _storages(node):
-            yield from (writer for at, writer, _ in self._writers.get(storage, ()) if at > made)
+            yield from (writer for at, writer, _ in self._writers.get(storage, ()) if at > begin)
 
     def value_at(self, node: fx.Node, position: int) -> fx.Node | Written | None:
         """What gave the value which the tensor of `node` has right before `position`: a node, or the write of an

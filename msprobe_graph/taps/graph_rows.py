@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,14 +15,60 @@ from .graph_copies import GraphCopies
 from .landing import Landings
 from .launching import current_stream, launch, on_device
 from .triton_copies import copy_listed
-from .triton_rows import DENSE, KINDS, WARPS, Kind, layout, meaning, parts
+from .triton_rows import DENSE, KINDS, WARPS, layout, meaning, parts
 
 ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
+MOST_STANDING = 64 << 20
+"""Bytes of values that are kept in memory to be measured together. To read so many takes longer than a launch."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 """What an element of so many bytes is copied as."""
+
+
+class Group(NamedTuple):
+    """What one launch can measure together."""
+
+    dtype: torch.dtype
+    strided: int
+    aligned: bool
+    """Values, and the rows of a batch, begin at multiples of 16 bytes and of 16 elements."""
+
+
+class Entry(NamedTuple):
+    """One value, as `triton_kernels.describe` takes it."""
+
+    address: int
+    elements: int
+    inner: int
+    each: int
+    parts: int
+    header: int
+    tag: int
+    s1: int
+    s2: int
+    s3: int
+    t0: int
+    t1: int
+    t2: int
+    t3: int
+    copy: int
+
+
+class Listed:
+    """Values that are to be measured together."""
+
+    def __init__(self) -> None:
+        self.groups: defaultdict[Group, list[Entry]] = defaultdict(list)
+        self.bytes = 0
+        self._tensors: list[torch.Tensor] = []
+        """Referred to, so that their memory serves nothing else meanwhile."""
+
+    def add(self, tensor: torch.Tensor, group: Group, entry: Entry) -> None:
+        self.groups[group].append(entry)
+        self.bytes += tensor.nbytes
+        self._tensors.append(tensor)
 
 
 class GraphRows:
@@ -41,7 +87,10 @@ class GraphRows:
         """As `switch` was told."""
         self._waits = False
         """There was something aside since anyone waited for it."""
-        self._prepared: set[tuple[Kind, int, bool]] = set()
+        self._prepared: set[Group] = set()
+        self._standing = Listed()
+        """What the graph that is being captured is to measure when it is told to `join`. A decode step's kernels are
+        short: a launch between them takes as long as they do, however little it reads."""
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
             self._table = torch.zeros((VALUES, kernels.FIELDS), dtype=torch.int64, device=device)
@@ -51,11 +100,6 @@ class GraphRows:
             self._outside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             """What is not to become part of a graph runs here, while one is captured. Nothing is measured before it is
             over: `switch` waits for it, and to capture within a step takes longer."""
-            self._branch = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            """Measures beside the program, in a branch of the graph: a decode step's kernels are short, and to measure
-            between them takes as long as they do."""
-            self._standing: Sequence[torch.Tensor] = []
-            """What it may be reading."""
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
@@ -76,16 +120,16 @@ class GraphRows:
 
     def prepare(self, values: Iterable[torch.Tensor]) -> None:
         for tensor in values:
-            kind, lies = KINDS.get(tensor.dtype), layout(tensor)
-            if kind is None or lies is None or self._state[0]:
+            lies = layout(tensor)
+            if tensor.dtype not in KINDS or lies is None or self._state[0]:
                 continue
             for aligned in {False, tensor.data_ptr() % 16 == 0}:
-                group = kind, lies.strided, aligned
+                group = Group(tensor.dtype, lies.strided, aligned)
                 if group not in self._prepared:
                     self._prepared.add(group)
-                    self._launch(tensor.dtype, group, 0, 1, 1)  # which does nothing: nothing is switched on
+                    self._launch(group, 0, 1, 1)  # which does nothing: nothing is switched on
                     if self._copies is not None:
-                        self._launch_copy(tensor.dtype, group, 0, 1, 1)
+                        self._launch_copy(group, 0, 1, 1)
 
     def measure(
         self,
@@ -94,9 +138,7 @@ class GraphRows:
         copied: Collection[int] = (),
         standing: bool = False,
     ) -> list[Slot]:
-        self.join()
-        values = list(values)
-        groups: dict[tuple[torch.dtype, tuple[Kind, int, bool]], list[tuple[int, ...]]] = defaultdict(list)
+        listed = self._standing if standing else Listed()
         taken: list[Slot] = []
         for position, (slots, tensor) in enumerate(values):
             lies = layout(tensor)
@@ -113,30 +155,31 @@ class GraphRows:
             inner = count // tensor.shape[0] if shape.batch else 0
             tag = len(self._shapes)
             self._shapes.append(shape)
-            entry: tuple[int, ...] = (address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
-            groups[tensor.dtype, (kind, lies.strided, address % 16 == 0 and inner % 16 == 0)].append(entry)
-        self._waits = True
-        described: list[int] = []
-        for entries in groups.values():
-            described.append(self._used_values)
-            self._used_values += len(entries)
-            if self._used_values > VALUES:
-                raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
-            with self._aside():
-                for at, entry in enumerate(entries, described[-1]):
-                    kernels.describe[(1,)](self._table, at, *entry)
-        with self._beside([tensor for _, tensor in values]) if standing and values else nullcontext():
-            for first, ((dtype, group), entries) in zip(described, groups.items(), strict=True):
-                most_parts = max(entry[4] for entry in entries)
-                self._launch(dtype, group, first, len(entries), most_parts)
-                if any(entry[-1] for entry in entries):
-                    self._launch_copy(dtype, group, first, len(entries), most_parts)
+            entry = Entry(address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
+            listed.add(tensor, Group(tensor.dtype, lies.strided, address % 16 == 0 and inner % 16 == 0), entry)
+        if not standing:
+            self._measure(listed)
+        elif listed.bytes > MOST_STANDING:
+            self.join()
         return taken
 
     def join(self) -> None:
-        measured, self._standing = self._standing, []
-        if measured:
-            torch.cuda.current_stream(self.device).wait_stream(self._branch)
+        standing, self._standing = self._standing, Listed()
+        self._measure(standing)
+
+    def _measure(self, listed: Listed) -> None:
+        for group, entries in listed.groups.items():
+            first, self._used_values = self._used_values, self._used_values + len(entries)
+            if self._used_values > VALUES:
+                raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
+            self._waits = True
+            with self._aside():
+                for at, entry in enumerate(entries, first):
+                    kernels.describe[(1,)](self._table, at, *entry)
+            most_parts = max(entry.parts for entry in entries)
+            self._launch(group, first, len(entries), most_parts)
+            if any(entry.copy for entry in entries):
+                self._launch_copy(group, first, len(entries), most_parts)
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])
@@ -172,15 +215,6 @@ class GraphRows:
                 return torch.cuda.stream(self._outside)
             self._outside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-    def _beside(self, standing: Sequence[torch.Tensor]) -> torch.cuda.StreamContext:
-        """A context in a branch of that graph, until `join`, in which values are read that are standing."""
-        program = torch.cuda.current_stream(self.device)
-        while self._branch == program:
-            self._branch = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._standing = standing
-        self._branch.wait_stream(program)
-        return torch.cuda.stream(self._branch)
-
     def _wait(self) -> None:
         if self._waits:
             self._waits = False
@@ -196,21 +230,17 @@ class GraphRows:
             kernels.put[(1,)](self._headers, slot.number, header)
         return slot
 
-    def _launch(
-        self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
-    ) -> None:
-        kind, strided, aligned = group
+    def _launch(self, group: Group, first: int, count: int, most_parts: int) -> None:
+        kind = KINDS[group.dtype]
         # On the current device: what is captured, or prepared for that, is on this one.
         kernels.measure_listed[(most_parts, count)](
-            self._table[first:], meaning(dtype, self.device) if kind.bytes else None, self._rows, self._control,
-            ELEMENT=kind.element, STRIDED=strided, ALIGNED=aligned, **kind.constants, num_warps=WARPS,
+            self._table[first:], meaning(group.dtype, self.device) if kind.bytes else None, self._rows, self._control,
+            ELEMENT=kind.element, STRIDED=group.strided, ALIGNED=group.aligned, **kind.constants, num_warps=WARPS,
         )  # fmt: skip
 
-    def _launch_copy(
-        self, dtype: torch.dtype, group: tuple[Kind, int, bool], first: int, count: int, most_parts: int
-    ) -> None:
-        kind, strided, aligned = group
+    def _launch_copy(self, group: Group, first: int, count: int, most_parts: int) -> None:
         copy_listed[(most_parts, count)](
             self._table[first:], self._control,
-            ELEMENT=WORD[dtype.itemsize], BLOCK=kind.block, STRIDED=strided, ALIGNED=aligned, num_warps=WARPS,
+            ELEMENT=WORD[group.dtype.itemsize], BLOCK=KINDS[group.dtype].block, STRIDED=group.strided,
+            ALIGNED=group.aligned, num_warps=WARPS,
         )  # fmt: skip

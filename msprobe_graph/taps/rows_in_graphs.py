@@ -34,12 +34,12 @@ class RowsInGraphs(Protocol):
 
         padded: rows of the batch, padding included, if there is one. copied: which of the values, by position, are
         copied too, as far as there is room for copies. standing: as long as they are referred to nothing overwrites
-        them before the next call of this or of `join`, so the graph may go on meanwhile. Raises MemoryError when there
-        is no room left for slots.
+        them before the next call of `join`, so they may be measured as late as then. Raises MemoryError when there is
+        no room left for slots.
         """
 
     def join(self) -> None:
-        """The graph that is being captured goes on only when all was measured. No capture may end without this."""
+        """Have the graph that is being captured measure what it has not yet. No capture may end without this."""
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         """From here on, in the current stream's order, values are measured or not, of a batch the rows from `begin` up

@@ -53,8 +53,8 @@ CHOOSING = ("level", "scope", "list", "data_mode", "risk_level", "custom_op_name
 """The settings that tell which values are tapped."""
 COMPILERS = ("inductor", "eager")
 """What vLLM's own backend compiles with by name; any other is the platform's."""
-SPLIT = "msprobe_graph::tap"
-"""Our tap as vLLM's splitting_ops name it: behind a split-off operator it is split off with it."""
+SPLITS = "msprobe_graph::tap", "msprobe_graph::tap_standing"
+"""Our taps as vLLM's splitting_ops name them: behind a split-off operator they are split off with it."""
 REPLAYED = (
     "vLLM replays CUDA graphs, in which no slice or checksum is taken: start it with --compilation-config "
     '\'{"cudagraph_mode": "NONE"}\' to have that, too'
@@ -82,7 +82,7 @@ class GraphCapture:
         compilation.init_backend = functools.partial(self._init_backend, compilation.init_backend)
         splits = compilation.splitting_ops and not compilation.use_inductor_graph_partition
         if splits and compilation.backend in COMPILERS:
-            compilation.splitting_ops = [*compilation.splitting_ops, SPLIT]
+            compilation.splitting_ops = [*compilation.splitting_ops, *SPLITS]
         if isinstance(vllm_config.additional_config, dict):  # vLLM's caches are to know what was tapped
             vllm_config.additional_config = {**vllm_config.additional_config, "msprobe_graph": _choice(session)}
 
@@ -218,7 +218,7 @@ class Pieces:
             if ref not in between:
                 writers = writes.behind(nodes[node_of(ref)])
                 inside[ref] = value._replace(overwritten=any(should_split(each, splitting) for each in writers))
-        tap_dynamo_graph(module, between)
+        tap_dynamo_graph(module, between, writes)
         slots = backend.inductor_config
         ours = passes(taps._replace(wanted=inside), tuple(filter(None, [slots.get(PIN)])), exact=slots.get(EXACT))
         if inside:
