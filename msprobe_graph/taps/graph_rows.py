@@ -21,6 +21,8 @@ ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
+PROGRAMS = 1056
+"""Of one launch at most: eight for each multiprocessor of an H200, which is what it has room for."""
 MOST_STANDING = 64 << 20
 """Bytes of values that are kept in memory to be measured together. To read so many takes longer than a launch."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
@@ -37,7 +39,7 @@ class Group(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One value, as `triton_kernels.describe` takes it."""
+    """One value, as `triton_kernels.describe` takes it, but for where it is in its launch."""
 
     address: int
     elements: int
@@ -103,7 +105,7 @@ class GraphRows:
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
-            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:], 0)
+            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:], 0, 0)
             kernels.put[(1,)](self._headers, 0, 0)
             torch.cuda.synchronize(device)
 
@@ -173,13 +175,14 @@ class GraphRows:
             if self._used_values > VALUES:
                 raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
             self._waits = True
+            number_of_parts = 0
             with self._aside():
                 for at, entry in enumerate(entries, first):
-                    kernels.describe[(1,)](self._table, at, *entry)
-            most_parts = max(entry.parts for entry in entries)
-            self._launch(group, first, len(entries), most_parts)
+                    kernels.describe[(1,)](self._table, at, *entry, number_of_parts)
+                    number_of_parts += entry.parts
+            self._launch(group, first, len(entries), number_of_parts)
             if any(entry.copy for entry in entries):
-                self._launch_copy(group, first, len(entries), most_parts)
+                self._launch_copy(group, first, len(entries), number_of_parts)
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])
@@ -230,17 +233,18 @@ class GraphRows:
             kernels.put[(1,)](self._headers, slot.number, header)
         return slot
 
-    def _launch(self, group: Group, first: int, count: int, most_parts: int) -> None:
+    def _launch(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
         kind = KINDS[group.dtype]
         # On the current device: what is captured, or prepared for that, is on this one.
-        kernels.measure_listed[(most_parts, count)](
+        kernels.measure_listed[(min(number_of_parts, PROGRAMS),)](
             self._table[first:], meaning(group.dtype, self.device) if kind.bytes else None, self._rows, self._control,
+            count, number_of_parts,
             ELEMENT=kind.element, STRIDED=group.strided, ALIGNED=group.aligned, **kind.constants, num_warps=WARPS,
         )  # fmt: skip
 
-    def _launch_copy(self, group: Group, first: int, count: int, most_parts: int) -> None:
-        copy_listed[(most_parts, count)](
-            self._table[first:], self._control,
+    def _launch_copy(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
+        copy_listed[(min(number_of_parts, PROGRAMS),)](
+            self._table[first:], self._control, count, number_of_parts,
             ELEMENT=WORD[group.dtype.itemsize], BLOCK=KINDS[group.dtype].block, STRIDED=group.strided,
             ALIGNED=group.aligned, num_warps=WARPS,
         )  # fmt: skip

@@ -196,28 +196,26 @@ def _integers(
 
 @triton.jit
 def _part(
-    pointer, meaning, first, last, each, parts, header, tag, s1, s2, s3, t0, t1, t2, t3,
+    pointer, meaning, first, last, part, each, parts, header, tag, s1, s2, s3, t0, t1, t2, t3,
     KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
     BYTES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0).to(tl.int64)
-    if part < parts:
-        begin = tl.minimum(first + part * each, last)
-        end = tl.minimum(begin + each, last)
-        if ALIGNED:  # or nothing is read
-            begin = tl.multiple_of(begin, 16)
-        row = header + (part + 1) * 8
-        if KIND == FLOAT:
-            _floats(
-                pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, SUM, TINY, STRIDED, BYTES, BLOCK
-            )  # fmt: skip
-        else:
-            _integers(pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, KIND, STRIDED, BLOCK)
-        if part == 0:
-            tl.store(header, tl.load(header) + 1)
-            tl.store(header + 1, tag)
-            tl.store(header + 2, parts)
-            tl.store(header + 3, KIND)
+    begin = tl.minimum(first + part * each, last)
+    end = tl.minimum(begin + each, last)
+    if ALIGNED:  # or nothing is read
+        begin = tl.multiple_of(begin, 16)
+    row = header + (part + 1) * 8
+    if KIND == FLOAT:
+        _floats(
+            pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, SUM, TINY, STRIDED, BYTES, BLOCK
+        )  # fmt: skip
+    else:
+        _integers(pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3, KIND, STRIDED, BLOCK)
+    if part == 0:
+        tl.store(header, tl.load(header) + 1)
+        tl.store(header + 1, tag)
+        tl.store(header + 2, parts)
+        tl.store(header + 3, KIND)
 
 
 _SCALARS = ["count", "each", "parts", "header", "tag", "s1", "s2", "s3", "t0", "t1", "t2", "t3"]
@@ -233,7 +231,8 @@ def measure_one(
     """Measure `count` elements of `tensor`, `each` (a multiple of BLOCK) to a program, into the header and parts that
     begin at row `header`. Grid: (parts,)."""
     _part(
-        tensor, meaning, 0, count, each, parts, rows + header * 8, tag, s1, s2, s3, t0, t1, t2, t3,
+        tensor, meaning, 0, count, tl.program_id(0).to(tl.int64), each, parts, rows + header * 8, tag,
+        s1, s2, s3, t0, t1, t2, t3,
         KIND, SUM, TINY, BLOCK, STRIDED, BYTES, True,
     )  # fmt: skip
 
@@ -252,39 +251,67 @@ def counted(entry, control):
 
 
 @triton.jit
+def listed(table, values, part):
+    """The entry of the table that a part is of, and which of its parts it is; numbered through all of the launch's."""
+    low = tl.zeros([], tl.int64)
+    high = values
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if tl.load(table + middle * 16 + 15) <= part:
+            low = middle
+        else:
+            high = middle
+    entry = table + low * 16
+    return entry, part - tl.load(entry + 15)
+
+
+@triton.jit
+def share(parts):
+    """The parts that are this program's: from the first up to but without the last."""
+    each = (parts + tl.num_programs(0) - 1) // tl.num_programs(0)
+    first = tl.program_id(0) * each
+    return first, tl.minimum(first + each, parts)
+
+
+@triton.jit(do_not_specialize=["values", "parts"])
 def measure_listed(
-    table, meaning, rows, control,
+    table, meaning, rows, control, values: tl.int64, parts: tl.int64,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
     STRIDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Measure the values that `table` describes, all of one dtype. Grid: (the most parts of any, values).
+    """Measure the values that `table` describes, all of one dtype, which have so many `parts` together. Grid: any, of
+    one dimension.
 
     `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin at multiples of 16 bytes and of 16
     elements.
     """
     if tl.load(control) != 0:
-        entry = table + tl.program_id(1) * 16
-        pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        first, last = counted(entry, control)
-        _part(
-            pointer, meaning, first, last, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
-            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
-            tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
-            KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED,
-        )  # fmt: skip
+        mine, theirs = share(parts)
+        for number in range(mine, theirs):
+            entry, part = listed(table, values, number)
+            pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
+            if ALIGNED:
+                pointer = tl.multiple_of(pointer, 16)
+            first, last = counted(entry, control)
+            _part(
+                pointer, meaning, first, last, part, tl.load(entry + 3), tl.load(entry + 4),
+                rows + tl.load(entry + 5) * 8, tl.load(entry + 6),
+                tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
+                tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
+                KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["index", "address", "inner", "copy", *_SCALARS])
+@triton.jit(do_not_specialize=["index", "address", "inner", "copy", "before", *_SCALARS])
 def describe(
     table, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64, parts: tl.int64,
     header: tl.int64, tag: tl.int64,
     s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64, copy: tl.int64,
+    before: tl.int64,
 ):  # fmt: skip
     """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), `copy` the address
-    that it is copied to (0: it is not), the rest as in `measure_one`. A kernel, because nothing can be copied from the
-    host while a CUDA graph is captured. Grid: (1,)."""
+    that it is copied to (0: it is not), so many parts `before` its own in the launch, the rest as in `measure_one`. A
+    kernel, because nothing can be copied from the host while a CUDA graph is captured. Grid: (1,)."""
     entry = table + index * 16
     tl.store(entry, address)
     tl.store(entry + 1, count)
@@ -301,6 +328,7 @@ def describe(
     tl.store(entry + 12, t2)
     tl.store(entry + 13, t3)
     tl.store(entry + 14, copy)
+    tl.store(entry + 15, before)
 
 
 @triton.jit(do_not_specialize=["index", "value"])

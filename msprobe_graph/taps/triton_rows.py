@@ -18,6 +18,9 @@ from .statistics import ROW
 
 MOST_PARTS = 264
 """Of one value: two programs for each multiprocessor of an H200, which read as fast as its memory gives."""
+FEW_PARTS = 64
+"""Up to so many, a part is a single block; beyond that four, unless it came to be fewer: a program takes a microsecond
+before it reads anything."""
 WARPS = 8
 FINISHING_WARPS = 2
 
@@ -117,7 +120,9 @@ def layout(tensor: torch.Tensor) -> Layout | None:
 
 def parts(count: int, block: int) -> tuple[int, int]:
     """Into how many parts `count` elements are cut, and how many elements each has: a multiple of `block`."""
-    each = block * max(1, -(-count // (block * MOST_PARTS)))
+    blocks = -(-count // block)
+    most = min(max(blocks // 4, FEW_PARTS), MOST_PARTS)
+    each = block * max(1, -(-blocks // most))
     return max(1, -(-count // each)), each
 
 
