@@ -21,8 +21,6 @@ ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
-PROGRAMS = 1056
-"""Of one launch at most: eight for each multiprocessor of an H200, which is what it has room for."""
 MOST_STANDING = 64 << 20
 """Bytes of values that are kept in memory to be measured together. To read so many takes longer than a launch."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
@@ -35,7 +33,7 @@ class Group(NamedTuple):
     dtype: torch.dtype
     strided: int
     aligned: bool
-    """Values, and the rows of a batch, begin at multiples of 16 bytes and of 16 elements."""
+    """See `triton_kernels.measure_listed`."""
 
 
 class Entry(NamedTuple):
@@ -158,7 +156,7 @@ class GraphRows:
             tag = len(self._shapes)
             self._shapes.append(shape)
             entry = Entry(address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
-            listed.add(tensor, Group(tensor.dtype, lies.strided, address % 16 == 0 and inner % 16 == 0), entry)
+            listed.add(tensor, Group(tensor.dtype, lies.strided, not (address % 16 or count % 16 or inner % 16)), entry)
         if not standing:
             self._measure(listed)
         elif listed.bytes > MOST_STANDING:
@@ -236,15 +234,15 @@ class GraphRows:
     def _launch(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
         kind = KINDS[group.dtype]
         # On the current device: what is captured, or prepared for that, is on this one.
-        kernels.measure_listed[(min(number_of_parts, PROGRAMS),)](
+        kernels.measure_listed[(number_of_parts,)](
             self._table[first:], meaning(group.dtype, self.device) if kind.bytes else None, self._rows, self._control,
-            count, number_of_parts,
+            count,
             ELEMENT=kind.element, STRIDED=group.strided, ALIGNED=group.aligned, **kind.constants, num_warps=WARPS,
         )  # fmt: skip
 
     def _launch_copy(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
-        copy_listed[(min(number_of_parts, PROGRAMS),)](
-            self._table[first:], self._control, count, number_of_parts,
+        copy_listed[(number_of_parts,)](
+            self._table[first:], self._control, count,
             ELEMENT=WORD[group.dtype.itemsize], BLOCK=KINDS[group.dtype].block, STRIDED=group.strided,
             ALIGNED=group.aligned, num_warps=WARPS,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from . import triton_kernels as kernels
 from .arrival import WORDS
 from .launching import current_stream, launch, on_stream
-from .triton_rows import KINDS, WARPS, layout, meaning, measuring, parts
+from .triton_rows import KINDS, compiled_for, layout, meaning, measuring, parts
 
 if TYPE_CHECKING:
     from .landing import Landing
@@ -48,7 +48,7 @@ def launch_of(tensor: torch.Tensor) -> Launch | None:
     number_of_parts, each = parts(tensor.numel(), kind.block)
     with torch.cuda.device(tensor.device):
         arguments = measuring(tensor, kind, table, _any_rows(tensor.device), each, number_of_parts, 0, lies)
-        kernel = launch.kernel(kernels.measure_one, *arguments, STRIDED=lies.strided, **kind.constants, num_warps=WARPS)
+        kernel = launch.kernel(kernels.measure_one, *arguments, **compiled_for(tensor, kind, lies))
     if kernel is None:
         return None
     alignment = 16 if tensor.data_ptr() % 16 == 0 else tensor.itemsize

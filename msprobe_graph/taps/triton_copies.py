@@ -3,44 +3,42 @@
 import triton
 import triton.language as tl
 
-from .triton_kernels import counted, listed, read, share
+from .triton_kernels import counted, listed, read
 
 
-@triton.jit(do_not_specialize=["values", "parts"])
+@triton.jit(do_not_specialize=["values"])
 def copy_listed(
-    table, control, values: tl.int64, parts: tl.int64,
+    table, control, values: tl.int64,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Copy the values that `table` describes, all with elements of one size, to where it says, in row-major order; of a
     batch the rows that count. Grid and the rest as for `measure_listed`."""
     if tl.load(control) != 0:
-        mine, theirs = share(parts)
-        for number in range(mine, theirs):
-            entry, part = listed(table, values, number)
-            to = tl.load(entry + 14)
-            if to != 0:
-                pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
-                copy = tl.multiple_of(to.to(tl.pointer_type(ELEMENT)), 16)
-                each = tl.load(entry + 3)
-                first, last = counted(entry, control)
-                begin = tl.minimum(first + part * each, last)
-                end = tl.minimum(begin + each, last)
-                if ALIGNED:  # or nothing is read
-                    pointer = tl.multiple_of(pointer, 16)
-                    begin = tl.multiple_of(begin, 16)
-                s1 = tl.load(entry + 7)
-                s2 = tl.load(entry + 8)
-                s3 = tl.load(entry + 9)
-                t0 = tl.load(entry + 10)
-                t1 = tl.load(entry + 11)
-                t2 = tl.load(entry + 12)
-                t3 = tl.load(entry + 13)
-                lanes = tl.arange(0, BLOCK)
-                whole = begin + (end - begin) // BLOCK * BLOCK
-                for start in range(begin, whole, BLOCK):
-                    found = read(pointer, None, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
-                    tl.store(copy + start + lanes, found)
-                if whole < end:
-                    inside = whole + lanes < end
-                    found = read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
-                    tl.store(copy + whole + lanes, found, mask=inside)
+        entry, part = listed(table, values)
+        to = tl.load(entry + 14)
+        if to != 0:
+            pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
+            copy = tl.multiple_of(to.to(tl.pointer_type(ELEMENT)), 16)
+            each = tl.load(entry + 3)
+            first, last = counted(entry, control)
+            begin = tl.minimum(first + part * each, last)
+            end = tl.minimum(begin + each, last)
+            if ALIGNED:  # or nothing is read
+                pointer = tl.multiple_of(pointer, 16)
+                begin = tl.multiple_of(begin, 16)
+            s1 = tl.load(entry + 7)
+            s2 = tl.load(entry + 8)
+            s3 = tl.load(entry + 9)
+            t0 = tl.load(entry + 10)
+            t1 = tl.load(entry + 11)
+            t2 = tl.load(entry + 12)
+            t3 = tl.load(entry + 13)
+            lanes = tl.arange(0, BLOCK)
+            whole = begin + (end - begin) // BLOCK * BLOCK
+            for start in range(begin, whole, BLOCK):
+                found = read(pointer, None, start + lanes, None, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + start + lanes, found)
+            if whole < end:
+                inside = whole + lanes < end
+                found = read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
+                tl.store(copy + whole + lanes, found, mask=inside)

@@ -31,6 +31,8 @@ FLOAT, INTEGER, UINT64 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 DENSE, NARROW, WIDE, ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 RUN = tl.constexpr(128)
 ALIGNED_ROWS = tl.constexpr(16)
+WIDE_BLOCK = tl.constexpr(512)
+"""Elements that are read at once the second time: few, as the registers for them are taken the first time, too."""
 
 
 @triton.jit
@@ -68,6 +70,11 @@ def read_runs(pointer, meaning, at, s3, t2, BYTES: tl.constexpr):
 
 
 @triton.jit
+def merge(high, low, total, square, other_high, other_low, other_total, other_square):
+    return tl.maximum(high, other_high), tl.minimum(low, other_low), total + other_total, square + other_square
+
+
+@triton.jit
 def _floats(
     pointer, meaning, begin, end, row, s1, s2, s3, t0, t1, t2, t3,
     SUM: tl.constexpr, TINY: tl.constexpr, STRIDED: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
@@ -99,11 +106,14 @@ def _floats(
         x = tl.where(inside, x, 0.0)
         sums += x
         squares += x * x
-    high = tl.max(highs).to(tl.float64)
-    low = tl.min(lows).to(tl.float64)
+    found = (highs, lows, sums.to(tl.float64), squares.to(tl.float64))
+    if STRIDED == ROWS:
+        found = tl.reduce(found, 1, merge)
+    high, low, total, square = tl.reduce(found, 0, merge)
+    high = high.to(tl.float64)
+    low = low.to(tl.float64)
     count = (end - begin).to(tl.int64)
-    mean = tl.sum(sums.to(tl.float64)) / tl.maximum(count, 1).to(tl.float64)
-    square = tl.sum(squares.to(tl.float64))
+    mean = total / tl.maximum(count, 1).to(tl.float64)
     norm = tl.sqrt(square)
     nans = tl.zeros([], tl.int64)
     positive = tl.zeros([], tl.int64)
@@ -111,40 +121,10 @@ def _floats(
     largest = tl.maximum(tl.abs(high), tl.abs(low))
     plain = (square < INFINITY) & ((largest > TINY) | (largest == 0))
     if (count > 0) & (plain == 0):
-        finite_highs = tl.full(lanes.shape, -INFINITY, tl.float64)
-        finite_lows = tl.full(lanes.shape, INFINITY, tl.float64)
-        nan_counts = tl.zeros(lanes.shape, tl.int64)
-        positive_counts = tl.zeros(lanes.shape, tl.int64)
-        negative_counts = tl.zeros(lanes.shape, tl.int64)
-        for start in range(begin, end, BLOCK):
-            inside = start + lanes < end
-            x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
-            x = x.to(tl.float64)
-            finite = inside & (tl.abs(x) < INFINITY)
-            finite_highs = tl.maximum(finite_highs, tl.where(finite, x, -INFINITY))
-            finite_lows = tl.minimum(finite_lows, tl.where(finite, x, INFINITY))
-            nan_counts += (inside & (x != x)).to(tl.int64)
-            positive_counts += (inside & (x == INFINITY)).to(tl.int64)
-            negative_counts += (inside & (x == -INFINITY)).to(tl.int64)
-        high = tl.max(finite_highs)
-        low = tl.min(finite_lows)
-        nans = tl.sum(nan_counts)
-        positive = tl.sum(positive_counts)
-        negative = tl.sum(negative_counts)
+        high, low, mean, norm, nans, positive, negative = _wide(
+            pointer, meaning, begin, end, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES
+        )  # fmt: skip
         count = count - nans - positive - negative
-        largest = tl.maximum(tl.abs(high), tl.abs(low))
-        scale = tl.where((count > 0) & (largest > 0), largest, 1.0)
-        wide_sums = tl.zeros(lanes.shape, tl.float64)
-        wide_squares = tl.zeros(lanes.shape, tl.float64)
-        for start in range(begin, end, BLOCK):
-            inside = start + lanes < end
-            x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES)
-            x = x.to(tl.float64)
-            x = tl.where(inside & (tl.abs(x) < INFINITY), x / scale, 0.0)
-            wide_sums += x
-            wide_squares += x * x
-        mean = tl.sum(wide_sums) / tl.maximum(count, 1).to(tl.float64) * scale
-        norm = tl.sqrt(tl.sum(wide_squares)) * scale
     tl.store(row, high.to(tl.int64, bitcast=True))
     tl.store(row + 1, low.to(tl.int64, bitcast=True))
     tl.store(row + 2, mean.to(tl.int64, bitcast=True))
@@ -153,6 +133,44 @@ def _floats(
     tl.store(row + 5, positive)
     tl.store(row + 6, negative)
     tl.store(row + 7, count)
+
+
+@triton.jit
+def _wide(pointer, meaning, begin, end, s1, s2, s3, t0, t1, t2, t3, STRIDED: tl.constexpr, BYTES: tl.constexpr):
+    """The same of what float32 can't sum."""
+    lanes = tl.arange(0, WIDE_BLOCK)
+    highs = tl.full(lanes.shape, -INFINITY, tl.float64)
+    lows = tl.full(lanes.shape, INFINITY, tl.float64)
+    nan_counts = tl.zeros(lanes.shape, tl.int64)
+    positive_counts = tl.zeros(lanes.shape, tl.int64)
+    negative_counts = tl.zeros(lanes.shape, tl.int64)
+    for start in range(begin, end, WIDE_BLOCK):
+        inside = start + lanes < end
+        x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(tl.float64)
+        finite = inside & (tl.abs(x) < INFINITY)
+        highs = tl.maximum(highs, tl.where(finite, x, -INFINITY))
+        lows = tl.minimum(lows, tl.where(finite, x, INFINITY))
+        nan_counts += (inside & (x != x)).to(tl.int64)
+        positive_counts += (inside & (x == INFINITY)).to(tl.int64)
+        negative_counts += (inside & (x == -INFINITY)).to(tl.int64)
+    high = tl.max(highs)
+    low = tl.min(lows)
+    nans = tl.sum(nan_counts)
+    positive = tl.sum(positive_counts)
+    negative = tl.sum(negative_counts)
+    count = end - begin - nans - positive - negative
+    largest = tl.maximum(tl.abs(high), tl.abs(low))
+    scale = tl.where((count > 0) & (largest > 0), largest, 1.0)
+    sums = tl.zeros(lanes.shape, tl.float64)
+    squares = tl.zeros(lanes.shape, tl.float64)
+    for start in range(begin, end, WIDE_BLOCK):
+        inside = start + lanes < end
+        x = read(pointer, meaning, start + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, BYTES).to(tl.float64)
+        x = tl.where(inside & (tl.abs(x) < INFINITY), x / scale, 0.0)
+        sums += x
+        squares += x * x
+    mean = tl.sum(sums) / tl.maximum(count, 1).to(tl.float64) * scale
+    return high, low, mean, tl.sqrt(tl.sum(squares)) * scale, nans, positive, negative
 
 
 @triton.jit
@@ -198,12 +216,15 @@ def _integers(
 def _part(
     pointer, meaning, first, last, part, each, parts, header, tag, s1, s2, s3, t0, t1, t2, t3,
     KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
-    BYTES: tl.constexpr, ALIGNED: tl.constexpr,
+    BYTES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
+    """BEGIN, END: `first` and `last` are multiples of 16."""
     begin = tl.minimum(first + part * each, last)
     end = tl.minimum(begin + each, last)
-    if ALIGNED:  # or nothing is read
+    if BEGIN:  # or nothing is read
         begin = tl.multiple_of(begin, 16)
+    if END:  # then what is left of a block is read as fast as a whole one
+        end = tl.multiple_of(end, 16)
     row = header + (part + 1) * 8
     if KIND == FLOAT:
         _floats(
@@ -226,14 +247,14 @@ def measure_one(
     tensor, meaning, rows, count: tl.int64, each: tl.int64, parts: tl.int64, header: tl.int64, tag: tl.int64,
     s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64,
     KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
-    BYTES: tl.constexpr,
+    BYTES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Measure `count` elements of `tensor`, `each` (a multiple of BLOCK) to a program, into the header and parts that
-    begin at row `header`. Grid: (parts,)."""
+    begin at row `header`. EVEN: it is a multiple of 16. Grid: (parts,)."""
     _part(
         tensor, meaning, 0, count, tl.program_id(0).to(tl.int64), each, parts, rows + header * 8, tag,
         s1, s2, s3, t0, t1, t2, t3,
-        KIND, SUM, TINY, BLOCK, STRIDED, BYTES, True,
+        KIND, SUM, TINY, BLOCK, STRIDED, BYTES, True, EVEN,
     )  # fmt: skip
 
 
@@ -251,55 +272,44 @@ def counted(entry, control):
 
 
 @triton.jit
-def listed(table, values, part):
-    """The entry of the table that a part is of, and which of its parts it is; numbered through all of the launch's."""
+def listed(table, values):
+    """The entry of the table that this program is for, and for which of its parts."""
+    program = tl.program_id(0).to(tl.int64)
     low = tl.zeros([], tl.int64)
     high = values
     while low + 1 < high:
         middle = (low + high) // 2
-        if tl.load(table + middle * 16 + 15) <= part:
+        if tl.load(table + middle * 16 + 15) <= program:
             low = middle
         else:
             high = middle
     entry = table + low * 16
-    return entry, part - tl.load(entry + 15)
+    return entry, program - tl.load(entry + 15)
 
 
-@triton.jit
-def share(parts):
-    """The parts that are this program's: from the first up to but without the last."""
-    each = (parts + tl.num_programs(0) - 1) // tl.num_programs(0)
-    first = tl.program_id(0) * each
-    return first, tl.minimum(first + each, parts)
-
-
-@triton.jit(do_not_specialize=["values", "parts"])
+@triton.jit(do_not_specialize=["values"])
 def measure_listed(
-    table, meaning, rows, control, values: tl.int64, parts: tl.int64,
+    table, meaning, rows, control, values: tl.int64,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
     STRIDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Measure the values that `table` describes, all of one dtype, which have so many `parts` together. Grid: any, of
-    one dimension.
+    """Measure the values that `table` describes, all of one dtype. Grid: (the parts of all of them,).
 
-    `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin at multiples of 16 bytes and of 16
-    elements.
+    `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin and end at multiples of 16 bytes
+    and of 16 elements.
     """
     if tl.load(control) != 0:
-        mine, theirs = share(parts)
-        for number in range(mine, theirs):
-            entry, part = listed(table, values, number)
-            pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
-            if ALIGNED:
-                pointer = tl.multiple_of(pointer, 16)
-            first, last = counted(entry, control)
-            _part(
-                pointer, meaning, first, last, part, tl.load(entry + 3), tl.load(entry + 4),
-                rows + tl.load(entry + 5) * 8, tl.load(entry + 6),
-                tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
-                tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
-                KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED,
-            )  # fmt: skip
+        entry, part = listed(table, values)
+        pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        first, last = counted(entry, control)
+        _part(
+            pointer, meaning, first, last, part, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
+            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
+            tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
+            KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED, ALIGNED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["index", "address", "inner", "copy", "before", *_SCALARS])

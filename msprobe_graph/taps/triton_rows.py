@@ -16,11 +16,11 @@ from .native import BYTE_DTYPES
 from .row_memory import RowMemory
 from .statistics import ROW
 
-MOST_PARTS = 264
-"""Of one value: two programs for each multiprocessor of an H200, which read as fast as its memory gives."""
-FEW_PARTS = 64
-"""Up to so many, a part is a single block; beyond that four, unless it came to be fewer: a program takes a microsecond
-before it reads anything."""
+MOST_PARTS = 528
+"""Of one value: four programs for each multiprocessor of an H200, as many as it has registers for."""
+FEW_PARTS = 32
+"""As many parts a value has before any is larger than a block: alone, it is then read as fast as can be. More of them
+have eight blocks: a program takes a microsecond before it reads anything, and that is to be worth it."""
 WARPS = 8
 FINISHING_WARPS = 2
 
@@ -121,7 +121,7 @@ def layout(tensor: torch.Tensor) -> Layout | None:
 def parts(count: int, block: int) -> tuple[int, int]:
     """Into how many parts `count` elements are cut, and how many elements each has: a multiple of `block`."""
     blocks = -(-count // block)
-    most = min(max(blocks // 4, FEW_PARTS), MOST_PARTS)
+    most = min(max(blocks // 8, FEW_PARTS), MOST_PARTS)
     each = block * max(1, -(-blocks // most))
     return max(1, -(-count // each)), each
 
@@ -147,6 +147,11 @@ def measuring(
     if kind.view is not None:
         tensor = tensor.view(kind.view)
     return tensor, table, rows, tensor.numel(), each, number_of_parts, header, 0, *lies[1:]
+
+
+def compiled_for(tensor: torch.Tensor, kind: Kind, lies: Layout) -> dict[str, Any]:
+    """Its constants."""
+    return {"STRIDED": lies.strided, "EVEN": tensor.numel() % 16 == 0, **kind.constants, "num_warps": WARPS}
 
 
 class TritonRows:
@@ -180,9 +185,7 @@ class TritonRows:
         number_of_parts, each = parts(count, kind.block)
         chunk, header = self._take(number_of_parts + 1)
         arguments = measuring(tensor, kind, table, chunk, each, number_of_parts, header, lies)
-        launch(
-            kernels.measure_one, number_of_parts, *arguments, STRIDED=lies.strided, **kind.constants, num_warps=WARPS
-        )
+        launch(kernels.measure_one, number_of_parts, *arguments, **compiled_for(tensor, kind, lies))
         self._headers.append((len(self._chunks) - 1, header))
 
     def seal(self, finished: bool = False) -> None:
