@@ -21,6 +21,8 @@ ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
+PARTS = 1 << 23
+"""Of 4 bytes, for the parts of all of these: which value each is of."""
 MOST_STANDING = 64 << 20
 """Bytes of values that are kept in memory to be measured together. To read so many takes longer than a launch."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
@@ -37,7 +39,7 @@ class Group(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One value, as `triton_kernels.describe` takes it, but for where it is in its launch."""
+    """One value, as `triton_kernels.describe` takes it, but for its place and the number of its first part."""
 
     address: int
     elements: int
@@ -83,6 +85,7 @@ class GraphRows:
         self._shapes: list[Shape] = []
         self._used_rows = 0
         self._used_values = 0
+        self._used_parts = 0
         self._state = (0, 0, -1)
         """As `switch` was told."""
         self._waits = False
@@ -94,6 +97,8 @@ class GraphRows:
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
             self._table = torch.zeros((VALUES, kernels.FIELDS), dtype=torch.int64, device=device)
+            self._owners = torch.zeros(PARTS, dtype=torch.int32, device=device)
+            """Of each part, by number: its value's row of the table."""
             self._headers = torch.zeros(VALUES, dtype=torch.int64, device=device)
             """Of each slot, by number: its header's row."""
             self._control = torch.zeros(3, dtype=torch.int64, device=device)
@@ -103,7 +108,7 @@ class GraphRows:
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
-            kernels.describe[(1,)](self._table, 0, *(0,) * 7, *DENSE[1:], 0, 0)
+            kernels.describe[(1,)](self._table, self._owners, 0, *(0,) * 7, *DENSE[1:], 0, 0)
             kernels.put[(1,)](self._headers, 0, 0)
             torch.cuda.synchronize(device)
 
@@ -127,9 +132,9 @@ class GraphRows:
                 group = Group(tensor.dtype, lies.strided, aligned)
                 if group not in self._prepared:
                     self._prepared.add(group)
-                    self._launch(group, 0, 1, 1)  # which does nothing: nothing is switched on
+                    self._launch(group, 0, 1)  # which does nothing: nothing is switched on
                     if self._copies is not None:
-                        self._launch_copy(group, 0, 1, 1)
+                        self._launch_copy(group, 0, 1)
 
     def measure(
         self,
@@ -169,18 +174,18 @@ class GraphRows:
 
     def _measure(self, listed: Listed) -> None:
         for group, entries in listed.groups.items():
-            first, self._used_values = self._used_values, self._used_values + len(entries)
-            if self._used_values > VALUES:
-                raise MemoryError(f"there are more than {VALUES} values in CUDA graphs")
+            first, count = self._used_parts, sum(entry.parts for entry in entries)
+            if self._used_values + len(entries) > VALUES or first + count > PARTS:
+                raise MemoryError(f"there are more than {VALUES} values, or {PARTS} parts of values, in CUDA graphs")
             self._waits = True
-            number_of_parts = 0
             with self._aside():
-                for at, entry in enumerate(entries, first):
-                    kernels.describe[(1,)](self._table, at, *entry, number_of_parts)
-                    number_of_parts += entry.parts
-            self._launch(group, first, len(entries), number_of_parts)
+                for entry in entries:
+                    kernels.describe[(1,)](self._table, self._owners, self._used_values, *entry, self._used_parts)
+                    self._used_values += 1
+                    self._used_parts += entry.parts
+            self._launch(group, first, count)
             if any(entry.copy for entry in entries):
-                self._launch_copy(group, first, len(entries), number_of_parts)
+                self._launch_copy(group, first, count)
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])
@@ -231,18 +236,19 @@ class GraphRows:
             kernels.put[(1,)](self._headers, slot.number, header)
         return slot
 
-    def _launch(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
+    def _launch(self, group: Group, first: int, count: int) -> None:
+        """Measure so many parts, by number from the first."""
         kind = KINDS[group.dtype]
         # On the current device: what is captured, or prepared for that, is on this one.
-        kernels.measure_listed[(number_of_parts,)](
-            self._table[first:], meaning(group.dtype, self.device) if kind.bytes else None, self._rows, self._control,
-            count,
+        kernels.measure_listed[(count,)](
+            self._table, self._owners, meaning(group.dtype, self.device) if kind.bytes else None, self._rows,
+            self._control, first,
             ELEMENT=kind.element, STRIDED=group.strided, ALIGNED=group.aligned, **kind.constants, num_warps=WARPS,
         )  # fmt: skip
 
-    def _launch_copy(self, group: Group, first: int, count: int, number_of_parts: int) -> None:
-        copy_listed[(number_of_parts,)](
-            self._table[first:], self._control, count,
+    def _launch_copy(self, group: Group, first: int, count: int) -> None:
+        copy_listed[(count,)](
+            self._table, self._owners, self._control, first,
             ELEMENT=WORD[group.dtype.itemsize], BLOCK=KINDS[group.dtype].block, STRIDED=group.strided,
             ALIGNED=group.aligned, num_warps=WARPS,
         )  # fmt: skip

@@ -3,25 +3,28 @@
 import triton
 import triton.language as tl
 
-from .triton_kernels import counted, listed, read
+from .triton_kernels import counted, read
 
 
-@triton.jit(do_not_specialize=["values"])
+@triton.jit(do_not_specialize=["first"])
 def copy_listed(
-    table, control, values: tl.int64,
+    table, owners, control, first: tl.int64,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Copy the values that `table` describes, all with elements of one size, to where it says, in row-major order; of a
+    """Copy values that `table` describes, all with elements of one size, to where it says, in row-major order; of a
     batch the rows that count. Grid and the rest as for `measure_listed`."""
+    number = first + tl.program_id(0)
+    owner = tl.load(owners + number)
     if tl.load(control) != 0:
-        entry, part = listed(table, values)
+        entry = table + owner * 16
+        part = number - tl.load(entry + 15)
         to = tl.load(entry + 14)
         if to != 0:
             pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
             copy = tl.multiple_of(to.to(tl.pointer_type(ELEMENT)), 16)
             each = tl.load(entry + 3)
-            first, last = counted(entry, control)
-            begin = tl.minimum(first + part * each, last)
+            zeroth, last = counted(entry, control)
+            begin = tl.minimum(zeroth + part * each, last)
             end = tl.minimum(begin + each, last)
             if ALIGNED:  # or nothing is read
                 pointer = tl.multiple_of(pointer, 16)

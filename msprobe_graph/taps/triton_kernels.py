@@ -271,57 +271,46 @@ def counted(entry, control):
     return first, last
 
 
-@triton.jit
-def listed(table, values):
-    """The entry of the table that this program is for, and for which of its parts."""
-    program = tl.program_id(0).to(tl.int64)
-    low = tl.zeros([], tl.int64)
-    high = values
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if tl.load(table + middle * 16 + 15) <= program:
-            low = middle
-        else:
-            high = middle
-    entry = table + low * 16
-    return entry, program - tl.load(entry + 15)
-
-
-@triton.jit(do_not_specialize=["values"])
+@triton.jit(do_not_specialize=["first"])
 def measure_listed(
-    table, meaning, rows, control, values: tl.int64,
+    table, owners, meaning, rows, control, first: tl.int64,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
     STRIDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Measure the values that `table` describes, all of one dtype. Grid: (the parts of all of them,).
+    """Measure values that `table` describes, all of one dtype: the parts whose numbers begin with `first`. Grid:
+    (parts,).
 
     `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin and end at multiples of 16 bytes
     and of 16 elements.
     """
+    number = first + tl.program_id(0)
+    owner = tl.load(owners + number)  # asked for together with the next, which most often is what there is to wait for
     if tl.load(control) != 0:
-        entry, part = listed(table, values)
+        entry = table + owner * 16
+        part = number - tl.load(entry + 15)
         pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)
-        first, last = counted(entry, control)
+        begin, end = counted(entry, control)
         _part(
-            pointer, meaning, first, last, part, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
+            pointer, meaning, begin, end, part, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
             tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
             tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
             KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED, ALIGNED,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["index", "address", "inner", "copy", "before", *_SCALARS])
+@triton.jit(do_not_specialize=["index", "address", "inner", "copy", "first", *_SCALARS])
 def describe(
-    table, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64, parts: tl.int64,
-    header: tl.int64, tag: tl.int64,
+    table, owners, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64,
+    parts: tl.int64, header: tl.int64, tag: tl.int64,
     s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64, copy: tl.int64,
-    before: tl.int64,
+    first: tl.int64,
 ):  # fmt: skip
     """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), `copy` the address
-    that it is copied to (0: it is not), so many parts `before` its own in the launch, the rest as in `measure_one`. A
-    kernel, because nothing can be copied from the host while a CUDA graph is captured. Grid: (1,)."""
+    that it is copied to (0: it is not), `first` the number of its first part, the rest as in `measure_one`; and write
+    to which entry its parts belong, by number. A kernel, because nothing can be copied from the host while a CUDA graph
+    is captured. Grid: (1,)."""
     entry = table + index * 16
     tl.store(entry, address)
     tl.store(entry + 1, count)
@@ -338,7 +327,10 @@ def describe(
     tl.store(entry + 12, t2)
     tl.store(entry + 13, t3)
     tl.store(entry + 14, copy)
-    tl.store(entry + 15, before)
+    tl.store(entry + 15, first)
+    lanes = tl.arange(0, PARTS)
+    for start in range(0, parts, PARTS):
+        tl.store(owners + (first + start + lanes), index.to(tl.int32), mask=start + lanes < parts)
 
 
 @triton.jit(do_not_specialize=["index", "value"])

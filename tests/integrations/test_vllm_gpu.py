@@ -83,7 +83,8 @@ def test_replays_hold_what_is_computed_without_graphs(run: Runs, mode: str, leve
         assert one.manifest is not None
         assert other.manifest is not None
         assert other.manifest["requests"] == one.manifest["requests"]
-        assert [entry.entry for entry in compare(one, other, 0.02).parting] == []
+        # Of functions some are given, or view, memory that nothing was written to yet.
+        assert [part.entry for part in compare(one, other, 0.02).parting if parse(part.entry).kind == "module"] == []
         before, after = measured(one), measured(other)
         # In a whole graph nobody calls the root and what is compiled in one.
         assert len(before.keys() & after.keys()) >= 0.9 * len(before)
@@ -117,7 +118,7 @@ def test_an_eager_engine(run: Runs) -> None:
         for step in each.steps:
             values = [tensor.record for tensor in step.tensors()]
             assert len(values) > 30
-            assert all(record["Max"] is not None for record in values)
+            assert all(record["Max"] is not None or 0 in record["shape"] for record in values)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
