@@ -109,13 +109,14 @@ def _tapped_by(tap: FullPass) -> Callable[..., Any]:
 
 def tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted], writes: Writes | None = None) -> None:
     """Taps on forward values, each right behind its node. `writes`: those of the graph, if nothing else writes into
-    the memory of these values; then what none writes into is told to be standing."""
+    the memory of these values; then what an operator was given to write into, and nothing writes into after it, is told
+    to be standing. What it returns is not: it may return the same memory each time."""
     nodes = list(module.graph.nodes)
     for ref in wanted:
         node = nodes[node_of(ref)]
         if ref % 2 == 0 and node.op != "placeholder":
             read = _written(node, wanted[ref])
-            stands = writes is not None and not any(writes.behind(read, since=node))
+            stands = writes is not None and read is not node and not any(writes.behind(read, since=node))
             with module.graph.inserting_after(node):
                 module.graph.call_function(TAP_STANDING if stands else TAP, ([read], [ref], ""))
     module.recompile()

@@ -100,6 +100,9 @@ class Buffered(NamedTuple):
     """The first place where it is there: a tap may come before the node of this index."""
     end: int
     """The last such place: the node of this index may overwrite it."""
+    foreign: bool = False
+    """Whether the memory is given to the program, or allocated by an operator that is none of torch's: it may be the
+    same each time."""
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +206,19 @@ class Schedule:
             else:
                 end = min(end, at)
         end = min(end, self._reused(names, end))
-        return Buffered(name, view, begin, end) if begin <= end else Hole("overwritten")
+        return Buffered(name, view, begin, end, self._foreign(names)) if begin <= end else Hole("overwritten")
+
+    def _foreign(self, names: set[str]) -> bool:
+        if any(name in V.graph.graph_inputs for name in names):
+            return True
+        nodes = (self._scheduler.name_to_buf[name].node for name in names if name in self._scheduler.name_to_buf)
+        makers = (node.inputs[0] if isinstance(node, ir.MultiOutput) else node for node in nodes)
+        return any(
+            isinstance(maker, ir.FallbackKernel)
+            and not isinstance(maker.layout, ir.NoneLayout)
+            and getattr(maker.op_overload, "namespace", None) != "aten"
+            for maker in makers
+        )
 
     def _read_outside(self, names: set[str], owner: int) -> bool:
         """Whether anything but the fused node at `owner` reads the storage, or a mutation pins it in memory."""

@@ -40,7 +40,8 @@ def standing(schedule: Schedule, values: Mapping[int, Buffered], places: Mapping
         tapped = sorted({places[id] for id in ids})
         ends = [*tapped[ROUND::ROUND], len(schedule.nodes)]
         until = {place: ends[number // ROUND] for number, place in enumerate(tapped)}
-        found.update((id, until[places[id]]) for id in ids if values[id].end >= until[places[id]])
+        ends_at = {id: until[places[id]] for id in ids if not values[id].foreign}
+        found.update((id, place) for id, place in ends_at.items() if values[id].end >= place)
     return found
 
 
