@@ -62,7 +62,13 @@ def _nodes(nest: Any) -> Any:
 
 
 def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """The arguments that a custom operator's schema says it writes, by name, in the schema's order."""
+    """The tensors that a custom operator's schema says it writes, by the argument's name, in the schema's order. Those
+    in lists have no name of their own: see `written_values`."""
+    yield from ((name, value) for name, value in written_values(node) if isinstance(value, fx.Node))
+
+
+def written_values(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """The same with what is given for each such argument, whatever it is."""
     overload: Any = node.target
     if isinstance(overload, torch._ops.OpOverloadPacket):
         names = overload.overloads()  # type: ignore[no-untyped-call]
@@ -71,6 +77,4 @@ def written_arguments(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
         return
     for place, argument in enumerate(overload._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            if isinstance(value, fx.Node):
-                yield argument.name, value
+            yield argument.name, node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)

@@ -28,6 +28,7 @@ REASONS = {
     "empty": "it has no elements",
     "not_strided": "it is no strided view of anything in memory",
     "constant": "a constant that the compiler has folded",
+    "streams": "the compiled program computes on several streams",
 }
 """Why a value can't be tapped, by the codes in a note."""
 
@@ -102,7 +103,7 @@ class ExactPass(SchedulerPass):  # type: ignore[misc]
         found, missing = self._found(graph, kind)
         tapped: dict[int, inductor.Buffered] = {}
         for id, place in found.items():
-            buffered = schedule.locate(*place)
+            buffered = Hole("streams") if schedule.has_streams else schedule.locate(*place)
             if isinstance(buffered, Hole):
                 missing[id] = buffered.reason
             else:

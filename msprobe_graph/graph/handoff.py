@@ -116,7 +116,7 @@ def tap_dynamo_graph(module: fx.GraphModule, wanted: Mapping[int, Wanted], write
         node = nodes[node_of(ref)]
         if ref % 2 == 0 and node.op != "placeholder":
             read = _written(node, wanted[ref])
-            stands = writes is not None and read is not node and not any(writes.behind(read, since=node))
+            stands = writes is not None and read is not node and writes.stands(read, since=node)
             with module.graph.inserting_after(node):
                 module.graph.call_function(TAP_STANDING if stands else TAP, ([read], [ref], ""))
     module.recompile()

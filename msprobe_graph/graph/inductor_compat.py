@@ -101,8 +101,8 @@ class Buffered(NamedTuple):
     end: int
     """The last such place: the node of this index may overwrite it."""
     foreign: bool = False
-    """Whether the memory is given to the program, or allocated by an operator that is none of torch's: it may be the
-    same each time."""
+    """Whether the memory is given to the program, or comes from an operator outside of aten: it may be the same each
+    time."""
 
     @property
     def device(self) -> torch.device:
@@ -145,9 +145,15 @@ class Schedule:
             for argument in node.args[:1]
         }
 
+        self._givers = [at for at, node in enumerate(self.nodes) if any(_gives(part.node) for part in node.get_nodes())]
         self._fallbacks = {
             node.node.fx_node: node.node for node in self.nodes if isinstance(node.node, ir.FallbackKernel)
         }
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether the program computes on other streams than the one that it is called on."""
+        return bool(getattr(self._scheduler, "_multi_stream_nodes", False))
 
     def names(self) -> list[str]:
         """Fused nodes by name."""
@@ -206,19 +212,11 @@ class Schedule:
             else:
                 end = min(end, at)
         end = min(end, self._reused(names, end))
-        return Buffered(name, view, begin, end, self._foreign(names)) if begin <= end else Hole("overwritten")
-
-    def _foreign(self, names: set[str]) -> bool:
-        if any(name in V.graph.graph_inputs for name in names):
-            return True
-        nodes = (self._scheduler.name_to_buf[name].node for name in names if name in self._scheduler.name_to_buf)
-        makers = (node.inputs[0] if isinstance(node, ir.MultiOutput) else node for node in nodes)
-        return any(
-            isinstance(maker, ir.FallbackKernel)
-            and not isinstance(maker.layout, ir.NoneLayout)
-            and getattr(maker.op_overload, "namespace", None) != "aten"
-            for maker in makers
-        )
+        given = not names.isdisjoint(V.graph.graph_inputs)
+        returned = any(_gives(known[other].node) for other in names if other in known)
+        if returned:  # the next such operator may return this memory
+            end = min(end, next((at for at in self._givers if at >= begin), end))
+        return Buffered(name, view, begin, end, given or returned) if begin <= end else Hole("overwritten")
 
     def _read_outside(self, names: set[str], owner: int) -> bool:
         """Whether anything but the fused node at `owner` reads the storage, or a mutation pins it in memory."""
@@ -287,7 +285,7 @@ class Schedule:
             does = tap if until is None else tap_standing
             at.setdefault(place, []).append(self._tap(does, device, buffered, ids, note if number == 0 else ""))
         for _, device, ids, until in taps:  # behind the taps that end it
-            if until is not None:
+            if until is not None and not V.graph.cpp_wrapper:  # for which no value is standing
                 at.setdefault(until, []).append(self._tap(hold, device, [values[id] for id in ids], [], ""))
         nodes: list[scheduler.BaseSchedulerNode] = []
         for place in range(len(self.nodes) + 1):
@@ -322,7 +320,18 @@ class Schedule:
         node.unmet_dependencies = OrderedSet(node.read_writes.reads)
         node.ancestors = OrderedSet()
         node.min_order = node.max_order = len(self.nodes)
+        if hasattr(running, "node_to_stream"):
+            running.node_to_stream[node] = 0
         name = node.get_name()
         running.name_to_node[name] = running.name_to_fused_node[name] = node
         running.name_to_buf.update((buffer.get_name(), buffer) for buffer in node.get_outputs())
         return node
+
+
+def _gives(node: ir.Operation | ir.Buffer | None) -> bool:
+    """Whether this is, or is a result of, what may return memory that Inductor and aten know nothing of."""
+    maker = node.inputs[0] if isinstance(node, ir.MultiOutput) else node
+    if isinstance(maker, ir.ExternKernelOut) or not isinstance(maker, ir.ExternKernel):
+        return False
+    silent = isinstance(maker.layout, ir.NoneLayout)
+    return not silent and getattr(maker.op_overload, "namespace", None) != "aten"

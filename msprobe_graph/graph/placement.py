@@ -3,7 +3,8 @@ and where many values can share one tap."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -12,9 +13,9 @@ from .inductor_compat import Buffered, Schedule
 TOGETHER = 32
 """So many values share a tap on a device, where a call of a kernel costs more than to read a small value. They are kept
 in memory until then."""
-ROUND = 8
-"""A CUDA graph may measure together what so many taps were given, which costs one call for all of them. What stands is
-kept in memory until then."""
+STANDING = 64
+"""So many values may wait to be measured together by a CUDA graph, which then costs one launch for all of them. They
+are kept in memory until then, whether there is a graph or not."""
 
 
 def places(schedule: Schedule, values: Mapping[int, Buffered]) -> dict[int, int]:
@@ -32,17 +33,30 @@ def places(schedule: Schedule, values: Mapping[int, Buffered]) -> dict[int, int]
 
 
 def standing(schedule: Schedule, values: Mapping[int, Buffered], places: Mapping[int, int]) -> dict[int, int]:
-    """Which of the values, that are tapped at `places`, nothing overwrites before taps on their device begin another
-    ROUND, or before the end where none does: by id that place. Of GPUs only: others measure each value at once."""
+    """Which of the values, that are tapped at `places`, nothing overwrites before their round is over: by id the place
+    of the tap that begins another round of STANDING values on their device, or of the end. Of GPUs only: others measure
+    each value at once."""
     found: dict[int, int] = {}
     for device in {value.device for value in values.values() if value.device.type == "cuda"}:
-        ids = [id for id, value in values.items() if value.device == device]
-        tapped = sorted({places[id] for id in ids})
-        ends = [*tapped[ROUND::ROUND], len(schedule.nodes)]
-        until = {place: ends[number // ROUND] for number, place in enumerate(tapped)}
-        ends_at = {id: until[places[id]] for id in ids if not values[id].foreign}
-        found.update((id, place) for id, place in ends_at.items() if values[id].end >= place)
+        until = _rounds([places[id] for id, value in values.items() if value.device == device], len(schedule.nodes))
+        for id, value in values.items():
+            if value.device == device and not value.foreign and value.end >= until[places[id]]:
+                found[id] = until[places[id]]
     return found
+
+
+def _rounds(tapped: Sequence[int], end: int) -> dict[int, int]:
+    """By place, where its round is over; `tapped` has the place of each value."""
+    rounds: list[list[int]] = [[]]
+    count = 0
+    for place, together in sorted(Counter(tapped).items()):
+        if count and count + together > STANDING:
+            rounds.append([])
+            count = 0
+        rounds[-1].append(place)
+        count += together
+    ends = [*(following[0] for following in rounds[1:]), end]
+    return {place: over for round, over in zip(rounds, ends, strict=True) for place in round}
 
 
 def _groups(values: Mapping[int, Buffered], ids: Iterable[int]) -> Iterator[list[int]]:

@@ -152,8 +152,8 @@ class Region:
                 self._boundary.attempt(SITE, listener.returned, outputs)
         finally:
             invocations.pop()
-            if captured and self.frames.rows is not None:  # who called may write into what it gets
-                self._boundary.attempt(SITE, self.frames.rows.join)
+            if captured:  # who called may write into what it gets
+                self._boundary.attempt(SITE, listener.join)
         return outputs
 
 
@@ -192,6 +192,11 @@ class Listener:
         if values:
             self._measure(dict(zip(ids, values, strict=True)), standing)
         elif self._captured:
+            self.join()
+
+    def join(self) -> None:
+        """See `RowsInGraphs.join`."""
+        with unseen():
             self._frame.rows.join()
 
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:

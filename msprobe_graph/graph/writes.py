@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from ._compat import example_value, memory
-from .arguments import asked, written_arguments
+from .arguments import asked, written_arguments, written_values
 from .elements import alike, disjoint, in_row_major, same_elements
 
 
@@ -41,11 +42,20 @@ class Writes:
                 for storage in _storages(written):
                     self._writers[storage].append((position, node, example_value(written)))
 
-    def behind(self, node: fx.Node, since: fx.Node | None = None) -> Iterator[fx.Node]:
-        """What writes into the memory of the tensor of `node` after it was made, or behind the node `since`."""
-        begin = self._positions.get(since or node, -1)
+    def behind(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What writes into the memory of the tensor of `node` after it was made."""
+        made = self._positions.get(node, -1)
         for storage in _storages(node):
-            yield from (writer for at, writer, _ in self._writers.get(storage, ()) if at > begin)
+            yield from (writer for at, writer, _ in self._writers.get(storage, ()) if at > made)
+
+    def stands(self, node: fx.Node, since: fx.Node) -> bool:
+        """Whether nothing writes into the memory of the tensor of `node` behind the node `since`. False where it can't
+        be told, as of operators of higher order."""
+        begin = self._positions[since]
+        memory = set(_storages(node))
+        later = (each for each, position in self._positions.items() if position > begin)
+        written = any(at > begin for storage in memory for at, _, _ in self._writers.get(storage, ()))
+        return bool(memory) and not written and not any(isinstance(each.target, HigherOrderOperator) for each in later)
 
     def value_at(self, node: fx.Node, position: int) -> fx.Node | Written | None:
         """What gave the value which the tensor of `node` has right before `position`: a node, or the write of an
@@ -86,7 +96,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     if name in ("batch_norm", "instance_norm"):
         yield from _nodes([*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
     if node.op == "call_function":
-        yield from (argument for _, argument in written_arguments(node))
+        yield from _nodes([value for _, value in written_values(node)])
 
 
 _AUGMENTED = (

@@ -21,10 +21,10 @@ ROWS = 1 << 20
 """Of 64 bytes, for the parts of all values."""
 VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
-PARTS = 1 << 23
+OWNERS = 1 << 24
 """Of 4 bytes, for the parts of all of these: which value each is of."""
 MOST_STANDING = 64 << 20
-"""Bytes of values that are kept in memory to be measured together. To read so many takes longer than a launch."""
+"""Bytes of values that wait to be measured together. To read so many takes longer than a launch."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 """What an element of so many bytes is copied as."""
 
@@ -63,12 +63,14 @@ class Listed:
 
     def __init__(self) -> None:
         self.groups: defaultdict[Group, list[Entry]] = defaultdict(list)
+        self.slots: set[Slot] = set()
         self.bytes = 0
         self._tensors: list[torch.Tensor] = []
         """Referred to, so that their memory serves nothing else meanwhile."""
 
-    def add(self, tensor: torch.Tensor, group: Group, entry: Entry) -> None:
+    def add(self, slot: Slot, tensor: torch.Tensor, group: Group, entry: Entry) -> None:
         self.groups[group].append(entry)
+        self.slots.add(slot)
         self.bytes += tensor.nbytes
         self._tensors.append(tensor)
 
@@ -97,7 +99,7 @@ class GraphRows:
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
             self._table = torch.zeros((VALUES, kernels.FIELDS), dtype=torch.int64, device=device)
-            self._owners = torch.zeros(PARTS, dtype=torch.int32, device=device)
+            self._owners = torch.zeros(OWNERS, dtype=torch.int32, device=device)
             """Of each part, by number: its value's row of the table."""
             self._headers = torch.zeros(VALUES, dtype=torch.int64, device=device)
             """Of each slot, by number: its header's row."""
@@ -143,7 +145,7 @@ class GraphRows:
         copied: Collection[int] = (),
         standing: bool = False,
     ) -> list[Slot]:
-        listed = self._standing if standing else Listed()
+        now = Listed()
         taken: list[Slot] = []
         for position, (slots, tensor) in enumerate(values):
             lies = layout(tensor)
@@ -161,10 +163,13 @@ class GraphRows:
             tag = len(self._shapes)
             self._shapes.append(shape)
             entry = Entry(address, count, inner, each, number_of_parts, slot.header, tag, *lies[1:], copy)
-            listed.add(tensor, Group(tensor.dtype, lies.strided, not (address % 16 or count % 16 or inner % 16)), entry)
-        if not standing:
-            self._measure(listed)
-        elif listed.bytes > MOST_STANDING:
+            if standing and slot in self._standing.slots:  # a launch writes each but once
+                self.join()
+            (self._standing if standing else now).add(
+                slot, tensor, Group(tensor.dtype, lies.strided, not (address % 16 or count % 16 or inner % 16)), entry
+            )
+        self._measure(now)
+        if self._standing.bytes > MOST_STANDING:
             self.join()
         return taken
 
@@ -173,10 +178,12 @@ class GraphRows:
         self._measure(standing)
 
     def _measure(self, listed: Listed) -> None:
+        without_room = 0
         for group, entries in listed.groups.items():
             first, count = self._used_parts, sum(entry.parts for entry in entries)
-            if self._used_values + len(entries) > VALUES or first + count > PARTS:
-                raise MemoryError(f"there are more than {VALUES} values, or {PARTS} parts of values, in CUDA graphs")
+            if self._used_values + len(entries) > VALUES or first + count > OWNERS:
+                without_room += len(entries)
+                continue
             self._waits = True
             with self._aside():
                 for entry in entries:
@@ -186,14 +193,20 @@ class GraphRows:
             self._launch(group, first, count)
             if any(entry.copy for entry in entries):
                 self._launch_copy(group, first, count)
+        if without_room:
+            raise MemoryError(
+                f"{without_room} values have no room: there are more than {VALUES}, or than {OWNERS} parts of values, "
+                "in CUDA graphs"
+            )
 
     def switch(self, on: bool, begin: int = 0, end: int = -1) -> None:
         state = (1, begin, end) if on else (0, *self._state[1:])
-        if state != self._state:
-            self._state = state
+        if state != self._state or self._waits:
             with on_device(self.device):
                 self._wait()
-                launch(kernels.set_control, 1, self._control, *state)
+                if state != self._state:
+                    self._state = state
+                    launch(kernels.set_control, 1, self._control, *state)
 
     def arrive(self, copied: Collection[Slot] = ()) -> Arrival | None:
         count = len(self._slots)

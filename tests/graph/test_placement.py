@@ -55,7 +55,7 @@ class Program(nn.Module):
         self.into = Into()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.into(self.same(self.linear(x))).sin()
+        return self.into(self.same(self.linear(self.same(self.linear(x))))).sin()
 
 
 def test_memory_that_others_give_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,4 +75,7 @@ def test_memory_that_others_give_out_is_told(tmp_path: Path, monkeypatch: pytest
             y = compiled(x).clone()  # Inductor has put it into what `same` gave out
         torch.testing.assert_close(y, program(x))
     debugger.flush()
-    assert [value.foreign for value in sorted(seen, key=lambda value: value.begin)] == [False, True, False]
+    in_order = sorted(seen, key=lambda value: value.begin)
+    assert [value.foreign for value in in_order] == [False, True, False, True, False]
+    _, first, _, second, _ = in_order
+    assert first.end < second.begin  # which is when its memory has another value

@@ -43,12 +43,12 @@ def captured(folder: Path, run: Callable[[PrecisionDebugger], None]) -> list[Ste
     return [read(step) for step in steps(folder)]
 
 
-@pytest.mark.parametrize("round", [1, 2, placement.ROUND])
+@pytest.mark.parametrize("together", [1, 40, placement.STANDING])
 @pytest.mark.parametrize("rows", [8, 16384], ids=["many at once", "more than are kept"])
 def test_nothing_overwrites_what_is_yet_to_be_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, round: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, together: int
 ) -> None:
-    monkeypatch.setattr(placement, "ROUND", round)
+    monkeypatch.setattr(placement, "STANDING", together)
     torch.manual_seed(1)
     batches = [torch.randn(rows, NARROW, device="cuda") for _ in range(4)]
     results: list[torch.Tensor] = []

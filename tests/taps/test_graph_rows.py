@@ -227,7 +227,7 @@ def test_there_is_no_room_left(monkeypatch: pytest.MonkeyPatch) -> None:
     (slot,) = rows.measure([([], x)], None)
     with pytest.raises(MemoryError, match="more than 8 rows"):
         rows.measure([([], torch.ones(9 * BLOCK, device=DEVICE))], None)
-    with pytest.raises(MemoryError, match="more than 4 values"):
+    with pytest.raises(MemoryError, match="4 values have no room: there are more than 4,"):
         rows.measure([([slot], x)] * 4, None)
 
 
