@@ -49,7 +49,11 @@ def run(tmp_path: Path) -> Runs:
             command = [sys.executable, str(Path(__file__).with_name("run_on_gpu.py")), json.dumps(told)]
             with (folder / "log").open("w") as log:
                 started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-        return [_finished(process, tmp_path / f"engine{number}") for number, process in enumerate(started)]
+        try:
+            return [_finished(process, tmp_path / f"engine{number}") for number, process in enumerate(started)]
+        finally:
+            for process in started:
+                process.kill()
 
     return run
 
