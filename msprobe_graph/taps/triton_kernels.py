@@ -27,9 +27,10 @@ GREATEST = tl.constexpr(2**63 - 1)
 # Kinds, as a header names them.
 FLOAT, INTEGER, UINT64 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # How elements lie: one behind the other, or with strides, and then whether their numbers fit into an int32. Of these in
-# ROWS: s2 rows of s3 elements, which lie one behind the other; s3 is a multiple of RUN, and t2 one of ALIGNED_ROWS.
+# ROWS: s2 rows of s3 elements, which lie one behind the other; s3 is a multiple of RUN, and t2 one of ALIGNED_ROWS. A
+# thread reads 16 bytes at once, so a run need be no longer for it to divide but once.
 DENSE, NARROW, WIDE, ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-RUN = tl.constexpr(128)
+RUN = tl.constexpr(16)
 ALIGNED_ROWS = tl.constexpr(16)
 WIDE_BLOCK = tl.constexpr(512)
 """Elements that are read at once the second time: few, as the registers for them are taken the first time, too."""
