@@ -66,7 +66,15 @@ def test_sizes_around_blocks_and_parts(dtype: torch.dtype, count: int) -> None:
 @every_dtype
 @pytest.mark.parametrize(
     ("height", "width", "begin", "end"),
-    [(40, 640, 128, 512), (3, 4608, 0, 3584), (17, 4608, 3584, 4096), (5, 256, 0, 128), (700, 144, 16, 144)],
+    [
+        (40, 640, 128, 512),
+        (3, 4608, 0, 3584),
+        (17, 4608, 3584, 4096),
+        (5, 256, 0, 128),
+        (700, 144, 16, 144),
+        (300, 128, 64, 128),
+        (129, 48, 16, 32),
+    ],
 )
 def test_columns_that_are_whole_runs(dtype: torch.dtype, height: int, width: int, begin: int, end: int) -> None:
     """Such as q, k and v, which are columns of what one matrix product gives."""
