@@ -197,6 +197,7 @@ class Schedule:
             return Hole("constant" if name in V.graph.constants else "fused")
         names = self._storage.of(name)
         begin, end = 0, len(self.nodes)
+        blank = False
         if name in known:
             operation = known[name].defining_op
             if operation is None or operation.get_name() not in self._owner:
@@ -204,13 +205,17 @@ class Schedule:
             begin = self._owner[operation.get_name()] + 1
             if not self._read_outside(names, begin - 1):
                 return Hole("fused")
+            made = known[name].node.get_origin_node()
+            blank = made is not None and made.target in _UNINITIALISED
         for at, written in self._storage.mutations(names):
             if written is None:
                 return Hole("overwritten")
             if self._order[written] <= order:
-                begin = max(begin, at + 1)
+                begin, blank = max(begin, at + 1), False
             else:
                 end = min(end, at)
+        if blank:  # the value is a view of it
+            return Hole("uninitialised")
         end = min(end, self._reused(names, end))
         given = not names.isdisjoint(V.graph.graph_inputs)
         returned = any(_gives(known[other].node) for other in names if other in known)

@@ -98,6 +98,18 @@ def test_what_a_compiled_run_holds_is_what_an_eager_one_does(run: Runner, mode: 
         assert all(any(entry.startswith(hole) or hole.startswith(entry) for hole in holes) for entry, _ in missing)
 
 
+def test_memory_that_attention_is_to_write_is_no_value_before(run: Runner) -> None:
+    step = run("3", STATISTICS).steps[0]
+    given = [
+        tensor.record
+        for tensor in step.tensors()
+        if tensor.entry.startswith("vllm.unified_attention_with_output.") and tensor.position == "input_args.3"
+    ]
+    assert len(given) == 2
+    for record in given:
+        assert (record["Max"], record["reason"]) == (None, "memory that nothing was written to yet")
+
+
 @pytest.mark.parametrize("mode", ["2", "3"])
 def test_inductor_generates_for_it_what_it_generates_without(run: Runner, mode: str) -> None:
     untapped, tapped = run(mode, None), run(mode, STATISTICS)
