@@ -184,7 +184,6 @@ class GraphRows:
             if self._used_values + len(entries) > VALUES or first + count > OWNERS:
                 without_room += len(entries)
                 continue
-            self._waits = True
             with self._aside():
                 for entry in entries:
                     kernels.describe[(1,)](self._table, self._owners, self._used_values, *entry, self._used_parts)
@@ -227,6 +226,7 @@ class GraphRows:
     def _aside(self) -> torch.cuda.StreamContext:
         """A context beside the graph that is being captured. There are few streams, so the one that was taken may come
         to be one that is captured: then another is taken. A capture begins when all else is done."""
+        self._waits = True
         while True:
             with torch.cuda.stream(self._outside):
                 free = not torch.cuda.is_current_stream_capturing()
