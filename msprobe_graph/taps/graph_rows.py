@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from . import triton_kernels as kernels
+from . import triton_listed as kernels
 from .arrival import Arrival, Shape, Slot
 from .graph_copies import GraphCopies
 from .landing import Landings
@@ -35,11 +35,11 @@ class Group(NamedTuple):
     dtype: torch.dtype
     strided: int
     aligned: bool
-    """See `triton_kernels.measure_listed`."""
+    """See `triton_listed.measure_listed`."""
 
 
 class Entry(NamedTuple):
-    """One value, as `triton_kernels.describe` takes it, but for its place and the number of its first part."""
+    """One value, as `triton_listed.describe` takes it, but for its place and the number of its first part."""
 
     address: int
     elements: int
@@ -98,7 +98,7 @@ class GraphRows:
         short: a launch between them takes as long as they do, however little it reads."""
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
-            self._table = torch.zeros((VALUES, kernels.FIELDS), dtype=torch.int64, device=device)
+            self._table = torch.zeros((VALUES, kernels.FIELDS.value), dtype=torch.int64, device=device)
             self._owners = torch.zeros(OWNERS, dtype=torch.int32, device=device)
             """Of each part, by number: its value's row of the table."""
             self._headers = torch.zeros(VALUES, dtype=torch.int64, device=device)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import triton_kernels as kernels
 from .arrival import WORDS
 from .launching import Kernel, launch
 from .likeness import extension
+from .triton_finish import finish
 from .triton_rows import FINISHING_WARPS
 
 LEAST = 256
@@ -42,7 +42,7 @@ class Landings:
         self, rows: torch.Tensor, headers: torch.Tensor, count: int, stream: torch.cuda.Stream, anew: bool
     ) -> Landing:
         """Have the first `count` of the headers' rows brought, in the stream, which is the current one. anew: see
-        `triton_kernels.finish`. Both tensors begin at multiples of 16 bytes."""
+        `triton_finish.finish`. Both tensors begin at multiples of 16 bytes."""
         device, handle = stream.device_index, stream.cuda_stream
         room = max(LEAST, 1 << (count - 1).bit_length())
         free = self._free[device, handle, room]
@@ -51,8 +51,8 @@ class Landings:
         addresses = rows.data_ptr(), headers.data_ptr(), memory.address
         if compiled is None or kernel is None or not compiled.launch(kernel, count, handle, *addresses):
             parameters = rows, headers, memory.words
-            launch(kernels.finish, count, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
-            found = launch.kernel(kernels.finish, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
+            launch(finish, count, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
+            found = launch.kernel(finish, *parameters, ANEW=anew, num_warps=FINISHING_WARPS)
             self._kernels[device, anew] = found
         return Landing(free, memory, count)
 

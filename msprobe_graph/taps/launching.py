@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
 
 class Launching:
     """
-    >>> launch(kernels.finish, count, rows, headers, out, ANEW=False, num_warps=2)      # finish[(count,)](rows, ...)
+    >>> launch(finish, count, rows, headers, out, ANEW=False, num_warps=2)      # finish[(count,)](rows, ...)
     """
 
     def __init__(self) -> None:

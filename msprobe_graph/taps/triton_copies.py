@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_kernels import counted, read
+from .triton_kernels import read
+from .triton_listed import FIELDS, counted
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -16,7 +17,7 @@ def copy_listed(
     number = first + tl.program_id(0)
     owner = tl.load(owners + number)
     if tl.load(control) != 0:
-        entry = table + owner * 16
+        entry = table + owner * FIELDS
         part = number - tl.load(entry + 15)
         to = tl.load(entry + 14)
         if to != 0:

@@ -1,7 +1,7 @@
 """A tensor's row on a GPU, by Triton kernels: each value is read once, and the same values give the same bits.
 
 A value is cut into parts. A program reads one part and writes its row (`statistics.ROW`) behind a *header*; `finish`
-makes one row of a header's parts. The header counts how often the value was measured since the last `finish`, which is
+makes one row of a header's parts. The header counts how often the value was measured since it last was, which is
 how a replayed CUDA graph tells which of its taps ran::
 
     header      fired, tag, parts, kind, -, -, -, -
@@ -15,11 +15,6 @@ that leave the range of float32) is read a second time, in float64 throughout.
 
 import triton
 import triton.language as tl
-
-PARTS = tl.constexpr(64)
-"""Parts that `finish` reads at once."""
-FIELDS = 16
-"""int64s that describe one value in the table that `measure_listed` reads: see `describe`."""
 
 INFINITY = tl.constexpr(float("inf"))
 LEAST = tl.constexpr(-(2**63))
@@ -214,7 +209,7 @@ def _integers(
 
 
 @triton.jit
-def _part(
+def part_of(
     pointer, meaning, first, last, part, each, parts, header, tag, s1, s2, s3, t0, t1, t2, t3,
     KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
     BYTES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
@@ -240,10 +235,10 @@ def _part(
         tl.store(header + 3, KIND)
 
 
-_SCALARS = ["count", "each", "parts", "header", "tag", "s1", "s2", "s3", "t0", "t1", "t2", "t3"]
+SCALARS = ["count", "each", "parts", "header", "tag", "s1", "s2", "s3", "t0", "t1", "t2", "t3"]
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=SCALARS)
 def measure_one(
     tensor, meaning, rows, count: tl.int64, each: tl.int64, parts: tl.int64, header: tl.int64, tag: tl.int64,
     s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64,
@@ -252,172 +247,8 @@ def measure_one(
 ):  # fmt: skip
     """Measure `count` elements of `tensor`, `each` (a multiple of BLOCK) to a program, into the header and parts that
     begin at row `header`. EVEN: it is a multiple of 16. Grid: (parts,)."""
-    _part(
+    part_of(
         tensor, meaning, 0, count, tl.program_id(0).to(tl.int64), each, parts, rows + header * 8, tag,
         s1, s2, s3, t0, t1, t2, t3,
         KIND, SUM, TINY, BLOCK, STRIDED, BYTES, True, EVEN,
     )  # fmt: skip
-
-
-@triton.jit
-def counted(entry, control):
-    """The elements that count of a listed value: from the first up to but without the last."""
-    first = tl.zeros([], tl.int64)
-    last = tl.load(entry + 1)
-    inner = tl.load(entry + 2)
-    end = tl.load(control + 2)
-    if (inner > 0) & (end >= 0):
-        first = tl.minimum(tl.load(control + 1) * inner, last)
-        last = tl.minimum(end * inner, last)
-    return first, last
-
-
-@triton.jit(do_not_specialize=["first"])
-def measure_listed(
-    table, owners, meaning, rows, control, first: tl.int64,
-    ELEMENT: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
-    STRIDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Measure values that `table` describes, all of one dtype: the parts whose numbers begin with `first`. Grid:
-    (parts,).
-
-    `control`: see `set_control`. ALIGNED: the values, and the rows of a batch, begin and end at multiples of 16 bytes
-    and of 16 elements.
-    """
-    number = first + tl.program_id(0)
-    owner = tl.load(owners + number)  # asked for together with the next, which most often is what there is to wait for
-    if tl.load(control) != 0:
-        entry = table + owner * 16
-        part = number - tl.load(entry + 15)
-        pointer = tl.load(entry).to(tl.pointer_type(ELEMENT))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        begin, end = counted(entry, control)
-        _part(
-            pointer, meaning, begin, end, part, tl.load(entry + 3), tl.load(entry + 4), rows + tl.load(entry + 5) * 8,
-            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
-            tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12), tl.load(entry + 13),
-            KIND, SUM, TINY, BLOCK, STRIDED, BYTES, ALIGNED, ALIGNED,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["index", "address", "inner", "copy", "first", *_SCALARS])
-def describe(
-    table, owners, index: tl.int64, address: tl.int64, count: tl.int64, inner: tl.int64, each: tl.int64,
-    parts: tl.int64, header: tl.int64, tag: tl.int64,
-    s1: tl.int64, s2: tl.int64, s3: tl.int64, t0: tl.int64, t1: tl.int64, t2: tl.int64, t3: tl.int64, copy: tl.int64,
-    first: tl.int64,
-):  # fmt: skip
-    """Write entry `index` of the table: `inner` elements to a row of the batch (0: it is no batch), `copy` the address
-    that it is copied to (0: it is not), `first` the number of its first part, the rest as in `measure_one`; and write
-    to which entry its parts belong, by number. A kernel, because nothing can be copied from the host while a CUDA graph
-    is captured. Grid: (1,)."""
-    entry = table + index * 16
-    tl.store(entry, address)
-    tl.store(entry + 1, count)
-    tl.store(entry + 2, inner)
-    tl.store(entry + 3, each)
-    tl.store(entry + 4, parts)
-    tl.store(entry + 5, header)
-    tl.store(entry + 6, tag)
-    tl.store(entry + 7, s1)
-    tl.store(entry + 8, s2)
-    tl.store(entry + 9, s3)
-    tl.store(entry + 10, t0)
-    tl.store(entry + 11, t1)
-    tl.store(entry + 12, t2)
-    tl.store(entry + 13, t3)
-    tl.store(entry + 14, copy)
-    tl.store(entry + 15, first)
-    lanes = tl.arange(0, PARTS)
-    for start in range(0, parts, PARTS):
-        tl.store(owners + (first + start + lanes), index.to(tl.int32), mask=start + lanes < parts)
-
-
-@triton.jit(do_not_specialize=["index", "value"])
-def put(words, index: tl.int64, value: tl.int64):
-    """words[index] = value, for what `describe` says. Grid: (1,)."""
-    tl.store(words + index, value)
-
-
-@triton.jit(do_not_specialize=["on", "begin", "end"])
-def set_control(control, on: tl.int64, begin: tl.int64, end: tl.int64):
-    """Whether listed values are measured at all, and which rows of a batch: from `begin` up to but without `end`; all
-    if `end` is -1. Grid: (1,)."""
-    tl.store(control, on)
-    tl.store(control + 1, begin)
-    tl.store(control + 2, end)
-
-
-@triton.jit
-def finish(rows, headers, out, ANEW: tl.constexpr):
-    """Make one row of each value's parts: out[i] is the row of the value whose header is row headers[i], how often it
-    was measured, and the tag of the last time (`arrival.SLOT`). Grid: (values,). ANEW: it counts anew from here, and
-    the first words of all its rows are 0 again. `out` may be in pinned memory of the host."""
-    header = rows + tl.load(headers + tl.program_id(0)) * 8
-    out = out + tl.program_id(0).to(tl.int64) * 10
-    fired = tl.load(header)
-    tl.store(out + 8, fired)
-    tl.store(out + 9, tl.load(header + 1))
-    if fired > 0:
-        parts = tl.load(header + 2)
-        kind = tl.load(header + 3)
-        flip = tl.where(kind == UINT64, LEAST, 0)
-        lanes = tl.arange(0, PARTS)
-        highs = tl.full([PARTS], -INFINITY, tl.float64)
-        lows = tl.full([PARTS], INFINITY, tl.float64)
-        norms = tl.zeros([PARTS], tl.float64)
-        exact_highs = tl.full([PARTS], LEAST, tl.int64)
-        exact_lows = tl.full([PARTS], GREATEST, tl.int64)
-        nan_counts = tl.zeros([PARTS], tl.int64)
-        positive_counts = tl.zeros([PARTS], tl.int64)
-        negative_counts = tl.zeros([PARTS], tl.int64)
-        counts = tl.zeros([PARTS], tl.int64)
-        for start in range(0, parts, PARTS):
-            inside = start + lanes < parts
-            row = header + (start + lanes + 1) * 8
-            count = tl.load(row + 7, mask=inside, other=0)
-            some = count > 0
-            high = tl.load(row, mask=some, other=0).to(tl.float64, bitcast=True)
-            low = tl.load(row + 1, mask=some, other=0).to(tl.float64, bitcast=True)
-            highs = tl.maximum(highs, tl.where(some, high, -INFINITY))
-            lows = tl.minimum(lows, tl.where(some, low, INFINITY))
-            norms = tl.maximum(norms, tl.load(row + 3, mask=some, other=0).to(tl.float64, bitcast=True))
-            nan = tl.load(row + 4, mask=inside, other=0)
-            positive = tl.load(row + 5, mask=inside, other=0)
-            exact_highs = tl.maximum(exact_highs, tl.where(some, nan ^ flip, LEAST))
-            exact_lows = tl.minimum(exact_lows, tl.where(some, positive ^ flip, GREATEST))
-            nan_counts += nan
-            positive_counts += positive
-            negative_counts += tl.load(row + 6, mask=inside, other=0)
-            counts += count
-        count = tl.sum(counts)
-        total = tl.maximum(count, 1).to(tl.float64)
-        largest = tl.max(norms)
-        scale = tl.where((largest > 0) & (largest < INFINITY), largest, 1.0)
-        means = tl.zeros([PARTS], tl.float64)
-        squares = tl.zeros([PARTS], tl.float64)
-        for start in range(0, parts, PARTS):
-            inside = start + lanes < parts
-            row = header + (start + lanes + 1) * 8
-            count_here = tl.load(row + 7, mask=inside, other=0)
-            some = count_here > 0
-            means += tl.load(row + 2, mask=some, other=0).to(tl.float64, bitcast=True) * (count_here / total)
-            norm = tl.load(row + 3, mask=some, other=0).to(tl.float64, bitcast=True) / scale
-            squares += norm * norm
-            if ANEW:  # what is a part's row now may be a header's in the next step
-                tl.store(row, 0, mask=inside)
-        tl.store(out, tl.max(highs).to(tl.int64, bitcast=True))
-        tl.store(out + 1, tl.min(lows).to(tl.int64, bitcast=True))
-        tl.store(out + 2, tl.sum(means).to(tl.int64, bitcast=True))
-        tl.store(out + 3, (tl.sqrt(tl.sum(squares)) * scale).to(tl.int64, bitcast=True))
-        if kind == FLOAT:
-            tl.store(out + 4, tl.sum(nan_counts))
-            tl.store(out + 5, tl.sum(positive_counts))
-        else:
-            tl.store(out + 4, tl.max(exact_highs) ^ flip)
-            tl.store(out + 5, tl.min(exact_lows) ^ flip)
-        tl.store(out + 6, tl.sum(negative_counts))
-        tl.store(out + 7, count)
-        if ANEW:
-            tl.store(header, 0)

@@ -15,6 +15,7 @@ from .launching import launch
 from .native import BYTE_DTYPES
 from .row_memory import RowMemory
 from .statistics import ROW
+from .triton_finish import finish
 
 MOST_PARTS = 528
 """Of one value: four programs for each multiprocessor of an H200, as many as it has registers for."""
@@ -213,7 +214,7 @@ class TritonRows:
                 end += 1
             if end > begin:
                 arguments = chunk, headers[begin:end], out[begin:end]
-                launch(kernels.finish, end - begin, *arguments, ANEW=False, num_warps=FINISHING_WARPS)
+                launch(finish, end - begin, *arguments, ANEW=False, num_warps=FINISHING_WARPS)
             begin = end
         host = torch.empty(out.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(out, non_blocking=True)
