@@ -2,7 +2,7 @@
 
 from setuptools import Extension, find_packages, setup
 
-HEADERS = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks")
+HEADERS = ("calls", "exchange", "likeness", "probes", "python", "rows", "stacks", "versions")
 PATTERN = [f"msprobe_graph/taps/pattern/{name}.h" for name in HEADERS]
 
 WRITING = [f"msprobe_graph/dump/writing/{name}.h" for name in ("files", "lane", "numbers")]

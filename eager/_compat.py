@@ -115,9 +115,11 @@ def around_compilations(begin: Callable[[], None], end: Callable[[], None]) -> N
     it is done with them, in whatever way. Asked for again, it is done once."""
     from torch._dynamo.callback import callback_handler
 
-    if all(known.__wrapped__ != begin for known in callback_handler.start_callbacks if hasattr(known, "__wrapped__")):
-        callback_handler.register_start_callback(_without_arguments(begin))
-        callback_handler.register_end_callback(_without_arguments(end))
+    for known in callback_handler.start_callbacks:
+        if getattr(known, "__wrapped__", None) == begin:
+            return
+    callback_handler.register_start_callback(_without_arguments(begin))
+    callback_handler.register_end_callback(_without_arguments(end))
 
 
 def replace_frame_callback(callback: Any) -> Any:

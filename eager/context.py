@@ -99,7 +99,7 @@ class Numbering:
 
 
 def _agree(counted: Mapping[Any, int], expected: Mapping[Any, int]) -> bool:
-    if counted.keys().isdisjoint(expected):
+    if counted.keys().isdisjoint(expected.keys()):  # which looks at the fewer of the two
         return not any(expected.values())
     return all(counted.get(key, 0) == count for key, count in expected.items())
 

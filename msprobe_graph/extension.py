@@ -13,14 +13,17 @@ def shared_library(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def compiled_function(folder: Path, library: str, name: str, result: Any, *arguments: Any) -> Callable[..., int] | None:
-    """The C function `name` of a library in `folder`, of these ctypes. It runs without the interpreter's lock. None if
-    the library was not compiled, or can't be loaded."""
+def compiled_function(
+    folder: Path, library: str, name: str, result: Any, *arguments: Any, locked: bool = False
+) -> Callable[..., int] | None:
+    """The C function `name` of a library in `folder`, of these ctypes. It runs without the interpreter's lock, unless
+    that is to stay `locked`, for what takes no longer than to get it back. None if the library was not compiled, or
+    can't be loaded."""
     path = shared_library(folder, library)
     if path is None:
         return None
     try:
-        found = getattr(ctypes.CDLL(str(path)), name)
+        found = getattr((ctypes.PyDLL if locked else ctypes.CDLL)(str(path)), name)
     except (OSError, AttributeError):
         return None
     found.restype, found.argtypes = result, arguments

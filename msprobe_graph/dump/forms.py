@@ -103,31 +103,46 @@ class Form:
         return ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value or 0
 
 
+class Candidates:
+    """Forms that a step may have, which its slots will tell."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
+        self.forms = forms
+        self.room = max((form.room for form in forms), default=0)
+        """As `Form.room`, of the largest."""
+        self.addresses = (ctypes.c_void_p * len(forms))(*(form.address for form in forms))
+        """Theirs."""
+
+
 class Forms:
     """Those of the last steps. Learnt by one thread, asked by another."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Likely, list[Form]]] = []
+        self._known: list[tuple[Likely, Candidates]] = []
         """The last one in front; a new list whenever that changes. No forms of what has come only once."""
 
-    def find(self, step: Step) -> list[Form]:
-        """Those that the step may have."""
+    def find(self, step: Step) -> Candidates | None:
+        """Those that the step may have; None where there are none."""
         likely = Likely.of(step)
-        return (None if likely is None else self._of(likely)) or []
+        found = None if likely is None else self._of(likely)
+        return found if found is not None and found.forms else None
 
     def learn(self, likely: Likely, arrived: Sequence[Arriving], make: Callable[[], Form | None]) -> None:
         """A step was written, with numbers that were there; `make` gives its form."""
-        forms = self._of(likely)
-        if forms is None:
-            forms = []
-        elif all(form.kinds != _kinds(arrived) for form in forms):
+        known = self._of(likely)
+        if known is None:
+            known = Candidates([])
+        elif all(form.kinds != _kinds(arrived) for form in known.forms):
             made = make()
-            forms = forms if made is None else [made, *forms[: KNOWN - 1]]
+            known = known if made is None else Candidates([made, *known.forms[: KNOWN - 1]])
         rest = [pair for pair in self._known if not likely.is_like(pair[0])]
-        self._known = [(likely, forms), *rest[: KNOWN - 1]]
+        self._known = [(likely, known), *rest[: KNOWN - 1]]
 
-    def _of(self, likely: Likely) -> list[Form] | None:
-        return next((forms for known, forms in self._known if likely.is_like(known)), None)
+    def _of(self, likely: Likely) -> Candidates | None:
+        for known, candidates in self._known:
+            if likely.is_like(known):
+                return candidates
+        return None
 
 
 def _kinds(arrived: Sequence[Arriving]) -> list[tuple[int, tuple[bytes, bytes]]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .budget import Budget
 from .encode import tree
-from .forms import Form, Forms, tables
+from .forms import Candidates, Forms, tables
 from .records import Step
 from .template import writing
 
@@ -42,7 +43,7 @@ class Lane:
         self._otherwise = otherwise
         self._taken = 0
         """So many steps were; they count from 0."""
-        self._kept: dict[int, tuple[Step, Sequence[Form]]] = {}
+        self._kept: dict[int, tuple[Step, Candidates]] = {}
         """Those that may not be settled yet, with all that their texts are made of."""
         self._released = 0
         self._bytes = 0
@@ -62,22 +63,22 @@ class Lane:
     def take(self, step: Step) -> bool:
         """False where the step is to be written otherwise."""
         self._settle()
-        forms = self._forms.find(step)
-        if not forms or not self._budget.has((self.waiting + 1) * max(form.room for form in forms)):
+        known = self._forms.find(step)
+        if known is None or not self._budget.has((self.waiting + 1) * known.room):
             return False
         places = [table.lies_at() for table in tables(step)]
-        arriving = [_Table(*place) for place in places if place is not None]
-        if len(arriving) < len(places):
+        if None in places:
             return False
         try:
             folder, requests = os.fsencode(self._folder(step.number)), tree(step.requests)
         except UnicodeEncodeError:  # the writer says so
             return False
-        known = _array(ctypes.c_void_p, len(forms))(*(form.address for form in forms))
-        there = _array(_Table, len(arriving))(*arriving)
-        self._kept[self._taken] = step, forms
+        there = b"".join(_TABLE.pack(*place) for place in places if place is not None)
+        self._kept[self._taken] = step, known
         self._taken += 1
-        self._functions.put(self._handle, known, len(forms), there, len(arriving), folder, step.number, requests)
+        self._functions.put(
+            self._handle, known.addresses, len(known.forms), there, len(places), folder, step.number, requests
+        )
         return True
 
     def _settle(self) -> None:
@@ -95,21 +96,8 @@ class Lane:
             self._otherwise(step)
 
 
-class _Table(ctypes.Structure):
-    """As writing/lane.h has it."""
-
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("query", ctypes.c_void_p),
-        ("event", ctypes.c_void_p),
-    )
-
-
-@functools.cache
-def _array(kind: type[Any], count: int) -> Any:
-    """The class of arrays of so many; to make one anew takes longer than to make an array."""
-    return kind * count
+_TABLE = struct.Struct("=4q")
+"""What `dump.records.Arriving.lies_at` gives, as writing/lane.h has it."""
 
 
 class _Functions(NamedTuple):
@@ -128,7 +116,7 @@ def _functions() -> _Functions | None:
     prefix = "msprobe_graph_lane"
     found = (
         writing(prefix, pointer),
-        writing(f"{prefix}_put", None, pointer, pointer, size, pointer, size, text, size, text),
+        writing(f"{prefix}_put", None, pointer, pointer, size, text, size, text, size, text, locked=True),
         writing(f"{prefix}_run", size, pointer),
         writing(f"{prefix}_wait", None, pointer, size),
         writing(f"{prefix}_counts", pointer, pointer),

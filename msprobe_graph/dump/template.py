@@ -134,9 +134,9 @@ def fills() -> bool:
     return _function() is not None
 
 
-def writing(name: str, result: Any, *arguments: Any) -> Callable[..., int] | None:
+def writing(name: str, result: Any, *arguments: Any, locked: bool = False) -> Callable[..., int] | None:
     """A C function in writing/ (see `compiled_function`)."""
-    return compiled_function(Path(__file__).parent, "_writing", name, result, *arguments)
+    return compiled_function(Path(__file__).parent, "_writing", name, result, *arguments, locked=locked)
 
 
 @functools.cache

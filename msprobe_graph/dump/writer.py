@@ -92,6 +92,8 @@ class Writer:
         self._queued_bytes = 0
         self._queued_steps = 0
         self._draft: Callable[[], Step] | None = None
+        self._drafted = False
+        """A draft was taken since `undraft` was called, be it asked for by now or not."""
         self.pid = os.getpid()
         """The process in which the writer's thread runs: in one forked from it there is none."""
         # Started here and not when there is work: at the interpreter's exit, when the last step comes, no thread
@@ -129,14 +131,17 @@ class Writer:
         """Take a step that may go on. It is asked for, on the writer's thread, and written, as unfinished, when nothing
         else has come for DRAFT_SECONDS. A ring has no use for it."""
         if self._ring is None:
+            self._drafted = True
             self._draft = step
             self._jobs.put(_Wake())
 
     def undraft(self) -> None:
         """Call this before the step goes on or ends: the draft is asked no more, nor is it being asked when this
         returns."""
-        with self._room:
-            self._draft = None
+        if self._drafted:
+            self._drafted = False
+            with self._room:
+                self._draft = None
 
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has

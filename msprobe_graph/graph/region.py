@@ -200,5 +200,10 @@ class Listener:
             self._frame.rows.join()
 
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
+        plan, padded = self._region.plan, self._region.replays.padded
         with unseen():
-            self._frame.measure(self._region.plan, values, self._region.replays.padded, self._saved, standing)
+            if self._captured and not standing:
+                copies = self._frame.rows.keep(values)
+                self._frame.measure(plan, copies, padded, self._saved, standing=True)
+                values = {id: value for id, value in values.items() if id not in copies}
+            self._frame.measure(plan, values, padded, self._saved, standing)

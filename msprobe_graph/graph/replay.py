@@ -21,6 +21,7 @@ from msprobe_graph.taps.device import of as device_of
 from msprobe_graph.taps.graph_copies import GraphCopies
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 from msprobe_graph.taps.rows import has_triton
+from msprobe_graph.taps.versions import versions
 
 from .numbered import Counted, Named
 from .plan import Part, Plan
@@ -42,8 +43,7 @@ class Recorded:
     def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
         self._call = call
         self._counted = counted
-        self._weights = weights
-        self._versions = self._found_versions()
+        self._versions = versions(weights)
 
     @classmethod
     def of(
@@ -59,27 +59,20 @@ class Recorded:
         if context.selection.saves_any or not (context.selection.everything and context.recorder.repeats):
             return None
         modules = (context.paths.module(each.module) for each in named)
-        weights = {
-            id(weight): weight
-            for module in modules
-            if module is not None
-            for weight in module.parameters(recurse=False)
-        }
-        if any(weight.is_inference() for weight in (*weights.values(), *lasting)):  # these have no version
+        own = (weight for module in modules if module is not None for weight in module.parameters(recurse=False))
+        weights = {id(weight): weight for weight in (*own, *lasting)}
+        if any(weight.is_inference() for weight in weights.values()):  # these have no version
             return None
-        return cls(call, Counted.by(plan, named), [*weights.values(), *lasting])
+        return cls(call, Counted.by(plan, named), list(weights.values()))
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
-        return context.numbering.stands_at(self._counted.before) and self._versions == self._found_versions()
+        with plainly():
+            return context.numbering.stands_at(self._counted.before) and self._versions.stand()
 
     def repeat(self, context: Context) -> None:
         context.numbering.go_to(self._counted.after)
         context.recorder.replays.append(self._call)
-
-    def _found_versions(self) -> list[int]:
-        with plainly():
-            return [weight._version for weight in self._weights]
 
 
 class Frame:

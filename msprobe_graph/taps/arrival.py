@@ -22,14 +22,20 @@ WORDS = SLOT.size // 8
 """The same as int64s."""
 
 
-class Event(Protocol):
-    """Tells when all is there."""
+class Landing(Protocol):
+    """Where slots arrive on the host, WORDS int64s each."""
 
-    def synchronize(self) -> None: ...
+    address: int
+    """Where the first of them is, as long as this is referred to."""
+    count: int
+    """How many there are."""
+
+    def synchronize(self) -> None:
+        """Wait until all are there."""
 
     @property
     def native(self) -> tuple[int, int] | None:
-        """The address of a C function that tells whether it has happened, and what that is given: see
+        """The address of a C function that tells whether all are there, and what that is given: see
         `dump.records.Arriving`. None where there is no such function."""
 
 
@@ -110,17 +116,15 @@ class Arrival:
 
     def __init__(
         self,
-        host: torch.Tensor,
-        event: Event,
+        landing: Landing,
         shapes: Sequence[Shape],
         rows: tuple[int, int],
         copies: HostCopies | None = None,
     ) -> None:
-        """`event`: all is there, `copies`, too."""
+        """When all of `landing` is there, so are the `copies`."""
         self.copies = copies
         """None where nothing was to be copied."""
-        self._host = host
-        self._event = event
+        self._landing = landing
         self._shapes = shapes
         self.rows = rows
         """Which of a batch count: see `RowsInGraphs.switch`."""
@@ -151,21 +155,21 @@ class Arrival:
     @property
     def address(self) -> int:
         """Where the words are that `Written.word` counts. Waits for the GPU."""
-        self._event.synchronize()
-        return self._host.data_ptr()
+        self._landing.synchronize()
+        return self._landing.address
 
     def lies_at(self) -> tuple[int, int, int, int] | None:
         """See `dump.records.Arriving`."""
-        event = self._event.native
-        return None if event is None else (self._host.data_ptr(), len(self._host), *event)
+        landing = self._landing
+        event = landing.native
+        return None if event is None else (landing.address, landing.count, *event)
 
     @functools.cached_property
     def _words(self) -> bytes:
-        self._event.synchronize()
-        return ctypes.string_at(self._host.data_ptr(), self._host.nbytes)
+        return ctypes.string_at(self.address, self._landing.count * SLOT.size)
 
     def _slot(self, slot: Slot) -> Written | None:
-        if slot.number >= len(self._host):  # of a graph that was captured since
+        if slot.number >= self._landing.count:  # of a graph that was captured since
             return None
         row, fired, tag = SLOT.unpack_from(self._words, slot.number * SLOT.size)
         if not fired:

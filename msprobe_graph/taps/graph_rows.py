@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
 import triton.language as tl
@@ -14,7 +14,7 @@ from .arrival import Arrival, Shape, Slot
 from .graph_copies import GraphCopies
 from .landing import Landings
 from .launching import current_stream, launch, on_device
-from .triton_copies import copy_listed
+from .triton_copies import AT_ONCE, WORDS_PER_PROGRAM, copy_listed, copy_plain
 from .triton_rows import DENSE, KINDS, WARPS, layout, meaning, parts
 
 ROWS = 1 << 20
@@ -23,8 +23,12 @@ VALUES = 1 << 17
 """Of 128 bytes, for a description of each value of each graph."""
 OWNERS = 1 << 24
 """Of 4 bytes, for the parts of all of these: which value each is of."""
+TOGETHER = 8 << 20
+"""Bytes of values that are measured together. To read so many takes about as long as to launch what does."""
 MOST_STANDING = 64 << 20
-"""Bytes of values that wait to be measured together. To read so many takes longer than a launch."""
+"""Bytes of values that memory is kept for, until they are measured."""
+SMALL = 1 << 20
+"""Bytes of values that are copied in about the time that any kernel takes."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 """What an element of so many bytes is copied as."""
 
@@ -94,8 +98,10 @@ class GraphRows:
         """There was something aside since anyone waited for it."""
         self._prepared: set[Group] = set()
         self._standing = Listed()
-        """What the graph that is being captured is to measure when it is told to `join`. A decode step's kernels are
-        short: a launch between them takes as long as they do, however little it reads."""
+        """What the graph that is being captured is to measure when that is enough, or when it is told to `join`. A
+        decode step's kernels are short: a launch between them takes as long as they do, however little it reads."""
+        self._measuring: deque[tuple[torch.cuda.Event, Listed]] = deque()
+        """What it measures beside its other kernels, in order, with the events that tell that this is done."""
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
             self._table = torch.zeros((VALUES, kernels.FIELDS.value), dtype=torch.int64, device=device)
@@ -107,14 +113,17 @@ class GraphRows:
             self._outside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             """What is not to become part of a graph runs here, while one is captured. Nothing is measured before it is
             over: `switch` waits for it, and to capture within a step takes longer."""
+            self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            """The branch of a graph that is being captured in which it measures what stands."""
             for dtype, kind in KINDS.items():
                 if kind.bytes:
                     meaning(dtype, device)
             kernels.describe[(1,)](self._table, self._owners, 0, *(0,) * 7, *DENSE[1:], 0, 0)
             kernels.put[(1,)](self._headers, 0, 0)
+            _copy([(0, 0, 0)])
             torch.cuda.synchronize(device)
 
-    def takes(self, value: object) -> bool:
+    def takes(self, value: object) -> TypeGuard[torch.Tensor]:
         return (
             isinstance(value, torch.Tensor)
             and value.device == self.device
@@ -169,13 +178,48 @@ class GraphRows:
                 slot, tensor, Group(tensor.dtype, lies.strided, not (address % 16 or count % 16 or inner % 16)), entry
             )
         self._measure(now)
-        if self._standing.bytes > MOST_STANDING:
-            self.join()
+        if self._standing.bytes > TOGETHER:
+            self._branch()
         return taken
 
+    def keep(self, values: Mapping[int, object]) -> dict[int, torch.Tensor]:
+        copies: dict[tuple[object, ...], torch.Tensor] = {}
+        moves: list[tuple[int, int, int]] = []
+        kept = {}
+        for id, value in values.items():
+            if not self.takes(value) or value.nbytes > SMALL or value.nbytes % 16 or value.data_ptr() % 16:
+                continue
+            if value.is_contiguous():  # `prepare` has seen what lies as its copy
+                same = value.data_ptr(), value.dtype, value.shape
+                if same not in copies:
+                    copies[same] = torch.empty_like(value)
+                    moves.append((value.data_ptr(), copies[same].data_ptr(), value.nbytes // 8))
+                kept[id] = copies[same]
+        for at in range(0, len(moves), AT_ONCE):
+            _copy(moves[at : at + AT_ONCE])
+        return kept
+
     def join(self) -> None:
+        if self._measuring:
+            done, _ = self._measuring[-1]
+            done.wait(torch.cuda.current_stream(self.device))
+            self._measuring.clear()
         standing, self._standing = self._standing, Listed()
         self._measure(standing)
+
+    def _branch(self) -> None:
+        """Measure what stands, beside what the graph goes on with."""
+        main = torch.cuda.current_stream(self.device)
+        standing, self._standing = self._standing, Listed()
+        self._beside.wait_stream(main)
+        try:
+            with torch.cuda.stream(self._beside):
+                self._measure(standing)
+        finally:
+            self._measuring.append((self._beside.record_event(), standing))
+        while sum(listed.bytes for _, listed in self._measuring) > MOST_STANDING:
+            done, _ = self._measuring.popleft()
+            done.wait(main)
 
     def _measure(self, listed: Listed) -> None:
         without_room = 0
@@ -221,7 +265,7 @@ class GraphRows:
         landing = self._landings.bring(self._rows, self._headers, count, stream, anew=True)
         copies = None if self._copies is None else self._copies.bring(copied, rows)
         landing.expect(stream)
-        return Arrival(landing.words, landing, self._shapes, rows, copies)
+        return Arrival(landing, self._shapes, rows, copies)
 
     def _aside(self) -> torch.cuda.StreamContext:
         """A context beside the graph that is being captured. There are few streams, so the one that was taken may come
@@ -265,3 +309,10 @@ class GraphRows:
             ELEMENT=WORD[group.dtype.itemsize], BLOCK=KINDS[group.dtype].block, STRIDED=group.strided,
             ALIGNED=group.aligned, num_warps=WARPS,
         )  # fmt: skip
+
+
+def _copy(moves: Sequence[tuple[int, int, int]]) -> None:
+    """From an address to another one so many words each: see `triton_copies.copy_plain`."""
+    programs = max(-(-words // WORDS_PER_PROGRAM.value) for _, _, words in moves)
+    missing = [(0, 0, 0)] * (AT_ONCE - len(moves))
+    copy_plain[(max(programs, 1), len(moves))](*(number for move in (*moves, *missing) for number in move))

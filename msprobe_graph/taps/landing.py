@@ -58,22 +58,13 @@ class Landings:
 
 
 class Landing:
-    """The rows of one step. When nobody refers to it any more its memory is another's."""
+    """The rows of one step: an `arrival.Landing`. When nobody refers to it any more its memory is another's."""
 
     def __init__(self, free: list[Memory], memory: Memory, count: int) -> None:
+        self.address = memory.address
+        self.count = count
         self._free = free
         self._memory = memory
-        self._count = count
-
-    @property
-    def words(self) -> torch.Tensor:
-        """int64s of shape [rows, WORDS], once they are there."""
-        return self._memory.words[: self._count]
-
-    @property
-    def address(self) -> int:
-        """Where they are."""
-        return self._memory.address
 
     def expect(self, stream: torch.cuda.Stream) -> None:
         """All is there at this point of the stream."""

@@ -30,6 +30,7 @@ from .unmeasurable import PLAIN
 
 if TYPE_CHECKING:
     from .launches import Launch
+    from .versions import Versions
 
 T = TypeVar("T")
 
@@ -221,6 +222,8 @@ class _Extension(Protocol):
     def Table(self, without_gradients: bool, weights: Probes | None) -> Table: ...
 
     def Probes(self, tensors: Sequence[tuple[object, int, int, int, int]]) -> Probes: ...
+
+    def Versions(self, counter: object, tensors: list[torch.Tensor]) -> Versions: ...
 
     def set_up(self, *functions: object) -> None: ...
 

@@ -3,12 +3,13 @@ where there is no Triton. What `graph_rows` does with kernels of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 
 from . import native, portable
-from .arrival import WORDS, Arrival, Event, Shape, Slot
+from .arrival import WORDS, Arrival, Landing, Shape, Slot
 from .device import Accelerator
 from .graph_copies import GraphCopies
 
@@ -39,7 +40,7 @@ class PlainGraphRows:
             self._words = torch.zeros((SLOTS, WORDS), dtype=torch.int64, device=self.device)
             self._control = torch.tensor(self._state, dtype=torch.int64).to(self.device)
 
-    def takes(self, value: object) -> bool:
+    def takes(self, value: object) -> TypeGuard[torch.Tensor]:
         return (
             isinstance(value, torch.Tensor)
             and value.device == self.device
@@ -81,6 +82,9 @@ class PlainGraphRows:
             words.copy_(torch.where(on != 0, measured, words))
         return taken
 
+    def keep(self, values: Mapping[int, object]) -> dict[int, torch.Tensor]:
+        return {}  # a copy costs what to measure costs
+
     def join(self) -> None:
         pass  # it measures in the order of the program
 
@@ -99,7 +103,7 @@ class PlainGraphRows:
         with torch.inference_mode(False):
             host, wait = self._device.to_host(self._words[:count])
         self._words[:count, FIRED].zero_()
-        return Arrival(host, _Widened(host, wait, self._single), self._shapes, rows, copies)
+        return Arrival(_Widened(host, wait, self._single), self._shapes, rows, copies)
 
     def _slot(self, single: bool) -> Slot:
         number = len(self._single)
@@ -109,10 +113,12 @@ class PlainGraphRows:
         return Slot(number, number, 1)
 
 
-class _Widened(Event):
+class _Widened(Landing):
     """Waits for rows to arrive and makes those of single precision what all rows are."""
 
     def __init__(self, host: torch.Tensor, wait: Callable[[], None], single: Sequence[bool]) -> None:
+        self.address = host.data_ptr()
+        self.count = len(host)
         self._host = host
         self._wait = wait
         self._which = [number for number, each in enumerate(single[: len(host)]) if each]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -16,7 +16,7 @@ class RowsInGraphs(Protocol):
 
     device: torch.device
 
-    def takes(self, value: object) -> bool:
+    def takes(self, value: object) -> TypeGuard[torch.Tensor]:
         """Whether a graph can measure this."""
 
     def prepare(self, values: Iterable[torch.Tensor]) -> None:
@@ -37,6 +37,10 @@ class RowsInGraphs(Protocol):
         them before the next call of `join`, so they may be measured as late as then. Raises MemoryError when there is
         no room left for slots.
         """
+
+    def keep(self, values: Mapping[int, object]) -> dict[int, torch.Tensor]:
+        """Have the graph that is being captured copy those of the values, by id, that are better measured when they are
+        `standing`, as the copies are."""
 
     def join(self) -> None:
         """Have the graph that is being captured measure what it has not yet. No capture may end without this."""

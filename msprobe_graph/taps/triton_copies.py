@@ -1,4 +1,5 @@
-"""Copies of values on a GPU, by a Triton kernel that reads the same table as those that measure."""
+"""Copies of values on a GPU: of those that a table describes, as for the kernels that measure, and of a few that lie
+plainly."""
 
 import triton
 import triton.language as tl
@@ -46,3 +47,26 @@ def copy_listed(
                 inside = whole + lanes < end
                 found = read(pointer, None, whole + lanes, inside, s1, s2, s3, t0, t1, t2, t3, STRIDED, False)
                 tl.store(copy + whole + lanes, found, mask=inside)
+
+
+AT_ONCE = 4
+"""So many values `copy_plain` copies in one launch. A copy of torch's costs as much for each."""
+WORDS_PER_PROGRAM = tl.constexpr(512)
+
+
+@triton.jit(do_not_specialize=[f"{what}{which}" for which in "abcd" for what in ("", "to_", "words_")])
+def copy_plain(
+    a: tl.int64, to_a: tl.int64, words_a: tl.int64, b: tl.int64, to_b: tl.int64, words_b: tl.int64,
+    c: tl.int64, to_c: tl.int64, words_c: tl.int64, d: tl.int64, to_d: tl.int64, words_d: tl.int64,
+):  # fmt: skip
+    """Copy so many words of 8 bytes, an even number, from one address to another, four times: both are multiples of 16.
+    Grid: (programs for the largest, how many there are)."""
+    which = tl.program_id(1)
+    source = tl.where(which == 0, a, tl.where(which == 1, b, tl.where(which == 2, c, d)))
+    to = tl.where(which == 0, to_a, tl.where(which == 1, to_b, tl.where(which == 2, to_c, to_d)))
+    words = tl.where(which == 0, words_a, tl.where(which == 1, words_b, tl.where(which == 2, words_c, words_d)))
+    source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+    to = tl.multiple_of(to.to(tl.pointer_type(tl.int64)), 16)
+    lanes = tl.program_id(0) * WORDS_PER_PROGRAM + tl.arange(0, WORDS_PER_PROGRAM)
+    inside = lanes < tl.multiple_of(words, 2)
+    tl.store(to + lanes, tl.load(source + lanes, mask=inside), mask=inside)

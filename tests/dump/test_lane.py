@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -21,9 +20,10 @@ from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.dump.manifest import Provenance
 from msprobe_graph.dump.records import Entry, Hole, Request, Step, TensorRecord
 from msprobe_graph.dump.writer import Writer
-from msprobe_graph.taps.arrival import WORDS, Arrival, Shape, Slot
+from msprobe_graph.taps.arrival import Arrival, Shape, Slot
 from msprobe_graph.taps.replayed import ReplayedCall, ReplayedValue, ReplayInStep
-from msprobe_graph.taps.statistics import ROW
+
+from ..taps.landed import Landed
 
 pytestmark = pytest.mark.skipif(not lane.lanes(), reason="_writing is not compiled")
 
@@ -35,9 +35,6 @@ class Done:
     """An event that has happened."""
 
     native = 0, 0
-
-    def synchronize(self) -> None:
-        pass
 
 
 class Late:
@@ -54,17 +51,11 @@ class Late:
         self.events.append(event)
         return 600 if len(self.events) <= self._asked else self._code
 
-    def synchronize(self) -> None:
-        pass
-
 
 class Unknown:
     """One of which only Python can tell."""
 
     native = None
-
-    def synchronize(self) -> None:
-        pass
 
 
 def call(values: int) -> ReplayedCall:
@@ -78,11 +69,9 @@ def call(values: int) -> ReplayedCall:
     return made
 
 
-def arrival(numbers: Sequence[float], fired: Sequence[int], event: object, end: int = -1) -> Arrival:
-    rows = [ROW.pack(number, -number, number / 3, number * 2, 0, 0, 0, 12) for number in (0.0, *numbers)]
-    packed = b"".join(row + struct.pack("=2q", times, 0) for row, times in zip(rows, (1, *fired), strict=True))
-    words = torch.frombuffer(bytearray(packed), dtype=torch.int64).reshape(-1, WORDS)
-    return Arrival(words, event, [Shape((6, 2), True)], (0, end))  # type: ignore[arg-type]
+def arrival(numbers: Sequence[float], fired: Sequence[int], event: Done | Late | Unknown, end: int = -1) -> Arrival:
+    rows = [(number, -number, number / 3, number * 2, 0, 0, 0, 12) for number in (0.0, *numbers)]
+    return Arrival(Landed(rows, [1, *fired], event.native), [Shape((6, 2), True)], (0, end))
 
 
 def step(number: int, replayed: ReplayedCall, arrived: Arrival, **given: Any) -> Step:

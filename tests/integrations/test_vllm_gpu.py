@@ -28,6 +28,7 @@ class Run(NamedTuple):
     cudagraphs: str
     """The mode that vLLM used."""
     steps: list[StepDump]
+    log: str
 
 
 Runs = Callable[..., list[Run]]
@@ -64,7 +65,8 @@ def _finished(process: subprocess.Popen[bytes], folder: Path) -> Run:
     assert code == 0, log[-5000:]
     (line,) = (line for line in log.splitlines() if line.startswith("RESULT "))
     dump = folder / "dump"
-    return Run(**json.loads(line.removeprefix("RESULT ")), steps=dumped(dump) if dump.exists() else [])
+    assert "; the model goes on" not in log, log[-20000:]  # which is what we say when capture fails
+    return Run(**json.loads(line.removeprefix("RESULT ")), steps=dumped(dump) if dump.exists() else [], log=log)
 
 
 def measured(step: StepDump) -> dict[tuple[str, str], Any]:
@@ -98,6 +100,8 @@ def test_tensors_that_replays_save(run: Runs) -> None:
     mode, config = "FULL_AND_PIECEWISE", {"task": "tensor", "level": "L0"}
     untapped, plain, replayed = run((mode, None), ("NONE", config), (mode, config))
     assert replayed.tokens == untapped.tokens
+    assert len(plain.steps) == STEPS, plain.log[-20000:]
+    assert len(replayed.steps) == STEPS, replayed.log[-20000:]
     compared = 0
     for one, other in zip(plain.steps, replayed.steps, strict=True):
         before, after = measured(one), measured(other)

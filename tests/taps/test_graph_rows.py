@@ -204,6 +204,39 @@ def test_switched_off_nothing_is_measured() -> None:
     assert Step(rows).arrival.first([slot]) is None
 
 
+def test_what_is_kept_is_measured_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_rows, "TOGETHER", 1 << 16)
+    monkeypatch.setattr(graph_rows, "MOST_STANDING", 1 << 17)
+    rows = GraphRows(DEVICE)
+    there = [numbers(dtype, 8, 16 * size) for size in (1, 3, 100, 500) for dtype in FEW]
+    here = [tensor.to(DEVICE) for tensor in there]
+    kept_ids = range(4, 4 + len(here))
+    large, odd = torch.ones(graph_rows.SMALL, device=DEVICE), torch.ones(3, device=DEVICE)
+    values = {0: 3, 1: large, 2: odd, 3: here[0].t(), **dict(zip(kept_ids, here, strict=True)), 1000: here[0]}
+    rows.prepare(here)
+    slots: list[Slot] = []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = rows.keep(values)
+        for tensor in here:
+            tensor.zero_()
+        for number in kept_ids:
+            slots += rows.measure([((), kept[number])], None, standing=True)
+        rows.join()
+    assert kept.keys() == {*kept_ids, 1000}
+    assert kept[1000] is kept[4]
+    for tensor, value in zip(here, there, strict=True):
+        tensor.copy_(value)
+    rows.switch(True)
+    graph.replay()
+    arrival = rows.arrive()
+    assert arrival is not None
+    for slot, tensor in zip(slots, there, strict=True):
+        found = arrival.first([slot])
+        assert found is not None
+        check_replayed(found, tensor)
+
+
 def test_an_overrun_is_counted_anew_in_each_step() -> None:
     rows = GraphRows(DEVICE)
     x = torch.ones(3, BLOCK, device=DEVICE)

@@ -17,9 +17,10 @@ from msprobe_graph.dump import template
 from msprobe_graph.dump.encode import entry_lines
 from msprobe_graph.dump.records import NOT_REPLAYED, OVERRUN, Entry, TensorRecord
 from msprobe_graph.dump.template import Filled
-from msprobe_graph.taps.arrival import WORDS, Arrival, Shape, Slot
+from msprobe_graph.taps.arrival import Arrival, Shape, Slot
 from msprobe_graph.taps.replayed import ReplayedCall, ReplayedValue, ReplayInStep
-from msprobe_graph.taps.statistics import ROW
+
+from .landed import Landed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint64, torch.bool, torch.float8_e4m3fn]
 REAL_ROW = (1.5, -2.0, 0.1, 7.25, 0, 0, 0, 12)
@@ -27,21 +28,9 @@ COUNTED = Slot(0, 0, 1)
 """Tells whether the call was replayed."""
 
 
-class Done:
-    """An event that has happened."""
-
-    native = None
-
-    def synchronize(self) -> None:
-        pass
-
-
 def arrival(rows: Sequence[tuple[float | int, ...]], fired: Sequence[int], shape: Shape, end: int = -1) -> Arrival:
     """The first slot tells of the call, the others are values."""
-    everything = zip([REAL_ROW, *rows], [1, *fired], strict=True)
-    packed = b"".join(ROW.pack(*row) + struct.pack("=2q", times, 0) for row, times in everything)
-    words = torch.frombuffer(bytearray(packed), dtype=torch.int64).reshape(-1, WORDS)
-    return Arrival(words, Done(), [shape], (0, end))
+    return Arrival(Landed([REAL_ROW, *rows], [1, *fired], None), [shape], (0, end))
 
 
 def call(dtypes: Sequence[torch.dtype]) -> ReplayedCall:
@@ -126,8 +115,8 @@ def test_what_differs_between_steps_differs_in_their_lines() -> None:
 
 def test_a_call_that_was_not_replayed_is_no_block() -> None:
     made = call([torch.float32])
-    none = torch.zeros((2, WORDS), dtype=torch.int64)
-    step = ReplayInStep(made, Arrival(none, Done(), [], (0, -1)))
+    none = Landed([REAL_ROW] * 2, [0, 0], None)
+    step = ReplayInStep(made, Arrival(none, [], (0, -1)))
     assert step.encode() is None
     assert step.complete() is None
     assert ReplayInStep(made, None).encode() is None

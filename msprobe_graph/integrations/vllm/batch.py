@@ -48,20 +48,20 @@ def row_order(worker: Any, scheduler_output: Any) -> list[str]:
 def requests(worker: Any, scheduler_output: Any, order: Iterable[str]) -> list[Request]:
     """The scheduled requests, their rows in the order given, under the names that the clients know."""
     names = {request: client_name(request) for request in order}
-    used = Counter(names.values()) if len(set(names.values())) < len(names) else {}
+    used = Counter(names.values()) if len(set(names.values())) < len(names) else None
     progress = _progress(worker.model_runner, scheduler_output)
     tokens, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
     found, begin = [], 0
     for request, name in names.items():
-        count = tokens[request]
         first, prompt, known = progress[request]
-        made = 1 + len(drafts[request]) if request in drafts else 1
-        phase: Literal["prefill", "decode"] = (
-            "decode" if known > prompt and first == known - 1 and count == made else "prefill"
-        )
-        shown = request if used.get(name, 1) > 1 else name
-        found.append(Request(shown, begin, begin + count, phase, (first, first + count)))
-        begin += count
+        count = tokens[request]
+        end, last = begin + count, first + count
+        phase: Literal["prefill", "decode"] = "prefill"
+        if known > prompt and first == known - 1 and count == 1 + (len(drafts[request]) if request in drafts else 0):
+            phase = "decode"
+        shown = request if used is not None and used[name] > 1 else name
+        found.append(Request(shown, begin, end, phase, (first, last)))
+        begin = end
     return found
 
 

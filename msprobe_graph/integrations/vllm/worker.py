@@ -24,9 +24,9 @@ from .sharding import sharding
 if TYPE_CHECKING:
     from .graph import GraphCapture
 
-BEHIND = 2
+BEHIND = 8
 """As many steps may be on their way to the disk where the model runs on a GPU: else each would wait for the GPU, and
-where CUDA graphs make them short writing takes longer than they."""
+where CUDA graphs make them short, for the disk whenever that is late."""
 
 
 class WorkerCapture:

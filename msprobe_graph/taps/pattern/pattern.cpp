@@ -4,6 +4,7 @@
 // every version. It is optional: without it each call is described anew.
 
 #include "calls.h"
+#include "versions.h"
 
 namespace {
 
@@ -128,6 +129,11 @@ PyMethodDef table_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+PyMethodDef versions_methods[] = {
+    {"stand", versions_stand, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS, nullptr},
     {"launch", fast(launch_kernel), METH_FASTCALL, nullptr},
@@ -139,6 +145,7 @@ PyMethodDef functions[] = {
 PyTypeObject pattern_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 PyTypeObject table_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 PyTypeObject probes_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+PyTypeObject versions_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_pattern", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -157,9 +164,11 @@ PyMODINIT_FUNC PyInit__pattern(void) {
     make_names();
     Ref made(PyModule_Create(&module));
     table_type.tp_methods = table_methods;
+    versions_type.tp_methods = versions_methods;
     if (!made || !add_type(made.get(), pattern_type, "_pattern.Pattern", sizeof(Pattern), new_pattern, delete_pattern) ||
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
-        !add_type(made.get(), probes_type, "_pattern.Probes", sizeof(Probes), new_probes, delete_probes))
+        !add_type(made.get(), probes_type, "_pattern.Probes", sizeof(Probes), new_probes, delete_probes) ||
+        !add_type(made.get(), versions_type, "_pattern.Versions", sizeof(Versions), new_versions, delete_versions))
         return nullptr;
     return made.release();
 }
