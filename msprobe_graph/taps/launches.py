@@ -62,32 +62,59 @@ def _any_rows(device: torch.device) -> torch.Tensor:
 
 
 class LaunchedRows:
-    """One step's rows of that kind, of the device and the stream that are current when it is made."""
+    """The rows of that kind of one step after the other, on the device and the stream that are current when this is
+    made. To have them anew in each step takes longer than to measure."""
 
-    def __init__(self, table: Table, memory: RowMemory) -> None:
-        device: int = torch._C._cuda_getDevice()
-        self._stream = current_stream(device)
-        self._table = table
+    def __init__(self, memory: RowMemory) -> None:
+        self._device: int = torch._C._cuda_getDevice()
+        self._stream = current_stream(self._device)
         self._memory = memory
-        self._chunk = memory.take(memory.room, self._stream)
+        self._chunk: torch.Tensor | None = None
+        """None where the next step takes another one."""
+        self._place = 0, 0
+        """Its address, and how many rows it has."""
+        self._open = False
+        """A step has begun that was not sealed as finished."""
+
+    def here(self) -> bool:
+        """Whether that stream of that device is the current one."""
+        device: int = torch._C._cuda_getDevice()
+        stream: int = torch._C._cuda_getCurrentRawStream(device)
+        return (device, stream) == (self._device, self._stream.cuda_stream)
+
+    def begin(self, table: Table) -> None:
+        """A step, whose calls are measured by `table`."""
+        if self._chunk is None or self._open:  # the rows of what was dropped begin with zeros no more
+            self._chunk = self._memory.take(self._memory.room, self._stream)
+            self._place = self._chunk.data_ptr(), len(self._chunk)
+        self._open = True
+        self._table = table
         self._arriving = LaunchedTable(None, 0)
-        table.attach(device, self._stream.cuda_stream, self._chunk.data_ptr(), len(self._chunk))
+        table.attach(self._device, self._stream.cuda_stream, *self._place)
+
+    def leave(self) -> None:
+        """No step follows."""
+        if self._chunk is not None and not self._open:
+            self._memory.give_back(self._chunk, self._stream)
+        self._chunk = None
 
     def seal(self, finished: bool) -> None:
         """Have what was measured brought to the host, without waiting for it. When it is `finished` nothing is added
         any more."""
+        assert self._chunk is not None
         headers = self._table.headers()
         self._arriving = LaunchedTable(None, len(headers) // 8)
         if headers:
             with on_stream(self._stream):
                 where = self._memory.headers(headers, self._stream)
-                landing = self._memory.landings.bring(self._chunk, where, len(where), self._stream, finished)
+                landing = self._memory.landings.bring(self._chunk, where, len(headers) // 8, self._stream, finished)
                 landing.expect(self._stream)
-                self._arriving = LaunchedTable(landing, len(where))
+                self._arriving = LaunchedTable(landing, len(headers) // 8)
         if finished:
+            self._open = False
             if self._table.ran_out():
                 self._memory.make_room()
-            self._memory.give_back(self._chunk, self._stream)
+                self.leave()
 
     def table(self) -> LaunchedTable:
         """What was sealed last."""

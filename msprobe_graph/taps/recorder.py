@@ -58,6 +58,8 @@ class Recorder:
         self._without_gradients = "backward" in settings.data_mode
         self._launches_on: torch.device | None = None
         """A GPU with tensors of such calls."""
+        self._launching: LaunchedRows | None = None
+        """Those that the last step with such tensors has used."""
         self._texts: list[Text] = []
         self._row_memory = RowMemory()
         self.forget_calls: Callable[[], None] = lambda: None
@@ -119,11 +121,21 @@ class Recorder:
         self.cut, self.requests, self.padding = cut, list(requests), padding
         self.table = None if cut or padding is not None else self._table
         if self.table is not None and self._launched is None and self._launches_on is not None:
-            from .launches import LaunchedRows
             from .launching import on_device
 
             with on_device(self._launches_on):
-                self._launched = LaunchedRows(self.table, self._row_memory)
+                self._launched = self._launched_rows()
+            self._launched.begin(self.table)
+
+    def _launched_rows(self) -> LaunchedRows:
+        """Those of the current device and stream."""
+        from .launches import LaunchedRows
+
+        if self._launching is None or not self._launching.here():
+            if self._launching is not None:
+                self._launching.leave()
+            self._launching = LaunchedRows(self._row_memory)
+        return self._launching
 
     def seal(self, finished: bool) -> None:
         """See `Rows.seal`; to be called before `as_step`."""
