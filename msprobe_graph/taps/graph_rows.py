@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -25,8 +25,9 @@ OWNERS = 1 << 24
 """Of 4 bytes, for the parts of all of these: which value each is of."""
 TOGETHER = 8 << 20
 """Bytes of values that are measured together. To read so many takes about as long as to launch what does."""
-MOST_STANDING = 64 << 20
-"""Bytes of values that memory is kept for, until they are measured."""
+MOST_STANDING = 24 << 20
+"""Bytes of values that memory is kept for, until they are measured. What takes more memory in turn than a GPU's L2
+cache has is slower, measured or not."""
 SMALL = 1 << 20
 """Bytes of values that are copied in about the time that any kernel takes."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
@@ -69,6 +70,8 @@ class Listed:
         self.groups: defaultdict[Group, list[Entry]] = defaultdict(list)
         self.slots: set[Slot] = set()
         self.bytes = 0
+        self.places: set[tuple[int, int]] = set()
+        """Of those that lie in one piece: address and bytes."""
         self._tensors: list[torch.Tensor] = []
         """Referred to, so that their memory serves nothing else meanwhile."""
 
@@ -76,6 +79,8 @@ class Listed:
         self.groups[group].append(entry)
         self.slots.add(slot)
         self.bytes += tensor.nbytes
+        if tensor.is_contiguous():
+            self.places.add((tensor.data_ptr(), tensor.nbytes))
         self._tensors.append(tensor)
 
 
@@ -100,8 +105,8 @@ class GraphRows:
         self._standing = Listed()
         """What the graph that is being captured is to measure when that is enough, or when it is told to `join`. A
         decode step's kernels are short: a launch between them takes as long as they do, however little it reads."""
-        self._measuring: deque[tuple[torch.cuda.Event, Listed]] = deque()
-        """What it measures beside its other kernels, in order, with the events that tell that this is done."""
+        self._measuring: dict[torch.cuda.Event, Listed] = {}
+        """What it measures beside its other kernels, in order, by the events that tell that this is done."""
         with torch.cuda.device(device):
             self._rows = torch.zeros((ROWS, 8), dtype=torch.int64, device=device)
             self._table = torch.zeros((VALUES, kernels.FIELDS.value), dtype=torch.int64, device=device)
@@ -187,13 +192,16 @@ class GraphRows:
         moves: list[tuple[int, int, int]] = []
         kept = {}
         for id, value in values.items():
-            if not self.takes(value) or value.nbytes > SMALL or value.nbytes % 16 or value.data_ptr() % 16:
+            if not self.takes(value) or not value.is_contiguous():
                 continue
-            if value.is_contiguous():  # `prepare` has seen what lies as its copy
-                same = value.data_ptr(), value.dtype, value.shape
+            address, size = value.data_ptr(), value.nbytes
+            if any((address, size) in listed.places for listed in (self._standing, *self._measuring.values())):
+                kept[id] = value
+            elif size <= SMALL and not (address % 16 or size % 16):  # `prepare` has seen what lies as its copy
+                same = address, value.dtype, value.shape
                 if same not in copies:
                     copies[same] = torch.empty_like(value)
-                    moves.append((value.data_ptr(), copies[same].data_ptr(), value.nbytes // 8))
+                    moves.append((address, copies[same].data_ptr(), size // 8))
                 kept[id] = copies[same]
         for at in range(0, len(moves), AT_ONCE):
             _copy(moves[at : at + AT_ONCE])
@@ -201,8 +209,7 @@ class GraphRows:
 
     def join(self) -> None:
         if self._measuring:
-            done, _ = self._measuring[-1]
-            done.wait(torch.cuda.current_stream(self.device))
+            torch.cuda.current_stream(self.device).wait_event(next(reversed(self._measuring)))
             self._measuring.clear()
         standing, self._standing = self._standing, Listed()
         self._measure(standing)
@@ -216,10 +223,11 @@ class GraphRows:
             with torch.cuda.stream(self._beside):
                 self._measure(standing)
         finally:
-            self._measuring.append((self._beside.record_event(), standing))
-        while sum(listed.bytes for _, listed in self._measuring) > MOST_STANDING:
-            done, _ = self._measuring.popleft()
-            done.wait(main)
+            self._measuring[self._beside.record_event()] = standing
+        while sum(listed.bytes for listed in self._measuring.values()) > MOST_STANDING:
+            done = next(iter(self._measuring))
+            main.wait_event(done)
+            del self._measuring[done]
 
     def _measure(self, listed: Listed) -> None:
         without_room = 0

@@ -38,7 +38,8 @@ class Graph:
         rows.prepare(tensors)
         self.tensors = tensors  # their memory is what a replay reads
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # torch's own stream to capture in is one for all devices
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
             self.slots = rows.measure([(shared, tensor) for tensor in tensors], padded, copied)
 
     def replay(self) -> None:
@@ -216,13 +217,17 @@ def test_what_is_kept_is_measured_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     rows.prepare(here)
     slots: list[Slot] = []
     graph = torch.cuda.CUDAGraph()
+    stands, kept_view = torch.full((4, 8), 3.0, device=DEVICE), torch.empty(0)
     with torch.cuda.graph(graph):
+        rows.measure([((), stands)], None, standing=True)
+        kept_view = rows.keep({0: stands.view(32), 1: stands[:2]})[0]
         kept = rows.keep(values)
         for tensor in here:
             tensor.zero_()
         for number in kept_ids:
             slots += rows.measure([((), kept[number])], None, standing=True)
         rows.join()
+    assert kept_view.data_ptr() == stands.data_ptr()
     assert kept.keys() == {*kept_ids, 1000}
     assert kept[1000] is kept[4]
     for tensor, value in zip(here, there, strict=True):
