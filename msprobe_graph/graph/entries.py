@@ -91,9 +91,9 @@ class Entries:
     def take_replayed(self, frame: Frame) -> bool:
         """What CUDA graphs measure of this call, but for what was seen without them; whether there was any."""
         seen = {ref for ref, _ in self.found}
-        recorder = self._context.recorder
+        recorder, views = self._context.recorder, self._plan.views
         for ref, slots in frame.slots.items():
-            if ref not in seen:
+            if ref not in seen and views.get(ref) not in frame.slots:  # else it is had from what it is a view of
                 record = recorder.replayed(frame.rows, slots, frame.dtypes[ref])
                 self._fill(ref, record, frame, ref)
                 for view in self._plan.reshaped.get(ref, ()):

@@ -201,6 +201,11 @@ class Plan(msgspec.Struct):
         """By the id of a part that has all rows (dimension 0) of another value: the id of that one, and which part."""
         return {part.id: (whole, part) for whole, parts in self.parts.items() for part in parts if part.dim}
 
+    @property
+    def views(self) -> dict[int, int]:
+        """By the id of a view in `reshaped`: what it is a view of."""
+        return {view: base for base, views in self.reshaped.items() for view in views}
+
     def with_parts(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """`values`, by id, and their parts."""
         found: dict[int, torch.Tensor] = {}

@@ -202,8 +202,4 @@ class Listener:
     def _measure(self, values: Mapping[int, Any], standing: bool = False) -> None:
         plan, padded = self._region.plan, self._region.replays.padded
         with unseen():
-            if self._captured and not standing:
-                copies = self._frame.rows.keep(values)
-                self._frame.measure(plan, copies, padded, self._saved, standing=True)
-                values = {id: value for id, value in values.items() if id not in copies}
-            self._frame.measure(plan, values, padded, self._saved, standing)
+            self._frame.measure(plan, values, padded, self._saved, self._captured, standing)

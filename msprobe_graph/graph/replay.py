@@ -94,6 +94,12 @@ class Frame:
         """How many inputs and outputs the call had."""
         self.recorded: Recorded | None = None
         """What an earlier step has recorded of it, once one has."""
+        self._measured: set[int] = set()
+        """Ids of what has been measured since the call that is being captured began."""
+
+    def begin(self) -> None:
+        """A call begins."""
+        self._measured.clear()
 
     def measure(
         self,
@@ -101,11 +107,32 @@ class Frame:
         values: Mapping[int, torch.Tensor],
         padded: int | None,
         saved: Collection[int],
+        joins: bool = False,
         standing: bool = False,
     ) -> None:
         """Have the graph that is being captured measure values of a plan, by id, and their parts, and copy those that
-        are `saved`. padded, standing: see `RowsInGraphs.measure`."""
+        are `saved`; but no views of what the call has measured already.
+
+        joins: at its end the call has it `join`. padded, standing: see `RowsInGraphs.measure`.
+        """
+        views, known = plan.views, self._measured | {id for id, value in values.items() if self.rows.takes(value)}
+        own = {id: value for id, value in values.items() if views.get(id) not in known or id in plan.parts}
+        if joins and not standing:
+            copies = self.rows.keep(own)
+            self._measure(plan, copies, padded, saved, standing=True)
+            own = {id: value for id, value in own.items() if id not in copies}
+        self._measure(plan, own, padded, saved, standing)
+
+    def _measure(
+        self,
+        plan: Plan,
+        values: Mapping[int, torch.Tensor],
+        padded: int | None,
+        saved: Collection[int],
+        standing: bool,
+    ) -> None:
         chosen = {id: value for id, value in plan.with_parts(values).items() if self.rows.takes(value)}
+        self._measured.update(chosen)
         within = {id: found for id, found in plan.columns.items() if found[0] in chosen and found[0] in saved}
         self._within.update((id, found) for id, found in within.items() if id in chosen)
         copied = [position for position, id in enumerate(chosen) if id in saved and id not in within]
@@ -179,7 +206,9 @@ class Frames:
         assert self.rows is not None
         while number >= len(self.of_calls):
             self.of_calls.append(Frame(self.rows))
-        return self.of_calls[number]
+        frame = self.of_calls[number]
+        frame.begin()
+        return frame
 
 
 class Replays:

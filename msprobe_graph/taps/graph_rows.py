@@ -25,9 +25,8 @@ OWNERS = 1 << 24
 """Of 4 bytes, for the parts of all of these: which value each is of."""
 TOGETHER = 8 << 20
 """Bytes of values that are measured together. To read so many takes about as long as to launch what does."""
-MOST_STANDING = 24 << 20
-"""Bytes of values that memory is kept for, until they are measured. What takes more memory in turn than a GPU's L2
-cache has is slower, measured or not."""
+MOST_STANDING = 64 << 20
+"""Bytes of values that memory is kept for, until they are measured."""
 SMALL = 1 << 20
 """Bytes of values that are copied in about the time that any kernel takes."""
 WORD = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}

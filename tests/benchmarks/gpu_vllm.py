@@ -28,7 +28,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -201,12 +201,19 @@ def report(options: argparse.Namespace, folder: Path, measured: dict[str, Measur
         steps = list((folder / level / "dump").glob("step*/*"))
         taken: dict[str, list[int]] = defaultdict(list)
         for step in steps:
-            taken[kind_of(step)].append(sum(file.stat().st_size for file in step.rglob("*")))
+            taken[kind_of(step)].append(size_of(step))
         asked = [*(f"decode, {requests} requests" for requests in options.requests), "prefill"]
         told = ", ".join(f"{kind}: {statistics.median(taken[kind]) / 1e6:.2f} MB" for kind in asked if taken[kind])
         print(f"{level}: {len(steps)} steps; {told}")
     equal = all(other.tokens == plain.tokens for other in measured.values())
     print(f"tokens equal: {'yes' if equal else 'no'}")
+
+
+def size_of(step: Path) -> int:
+    """Bytes of its files; those that several steps have are in none, and several names of one file count once."""
+    found = [file.stat() for file in step.rglob("*")]
+    names = Counter(each.st_ino for each in found)
+    return sum({each.st_ino: each.st_size for each in found if each.st_nlink == names[each.st_ino]}.values())
 
 
 def kind_of(step: Path) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from msprobe_graph import PrecisionDebugger, msprobe_backend
 from msprobe_graph.dump.reader import StepDump, read, steps
+from msprobe_graph.graph import full
 from msprobe_graph.taps.device import Accelerator, of
 from msprobe_graph.taps.graph_copies import GraphCopies
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
@@ -41,7 +42,7 @@ class Split(nn.Module):
     def forward(self, wide: torch.Tensor) -> torch.Tensor:
         q, k, v = wide.chunk(3, dim=1)
         mixed = self.heads(q, k.view(-1, 2, 4), v)
-        merged: torch.Tensor = self.merge(self.same(mixed))
+        merged: torch.Tensor = self.merge(self.same(mixed.view(-1, 2, 4)).flatten(1))
         return merged
 
 
@@ -148,6 +149,21 @@ def test_the_files_of_a_replay_are_those_of_a_run_without_graphs(tmp_path: Path,
         for tensor in found.tensors():
             if "data_name" in tensor.record:
                 assert list(found.load(tensor).shape) == tensor.record["shape"]
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_a_view_that_is_tapped_itself_has_its_files_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """As where a program gets a view of what another one has computed."""
+    monkeypatch.setattr(full, "spare", lambda wanted, found: [])
+    _, *here = dumped(tmp_path / "graph", replayed, level=level)
+    torch._dynamo.reset()
+    by_eager = dumped(tmp_path / "eager", eager, level=level)
+    assert len(here) == len(by_eager) == 3
+    for found, other in zip(here, by_eager, strict=True):
+        assert list(found.data) == list(other.data)
+        assert files(found) == files(other)
 
 
 def test_files_of_one_value_are_one_file(tmp_path: Path) -> None:
