@@ -139,9 +139,8 @@ class Writer:
         """Call this before the step goes on or ends: the draft is asked no more, nor is it being asked when this
         returns."""
         if self._drafted:
-            self._drafted = False
             with self._room:
-                self._draft = None
+                self._draft, self._drafted = None, False
 
     def submit(self, step: Step) -> None:
         """Take a step. One that is not finished may be submitted again later, with more entries at its end; a ring has

@@ -91,12 +91,13 @@ class Entries:
     def take_replayed(self, frame: Frame) -> bool:
         """What CUDA graphs measure of this call, but for what was seen without them; whether there was any."""
         seen = {ref for ref, _ in self.found}
-        recorder, views = self._context.recorder, self._plan.views
+        recorder = self._context.recorder
         for ref, slots in frame.slots.items():
-            if ref not in seen and views.get(ref) not in frame.slots:  # else it is had from what it is a view of
+            if ref not in seen and not frame.is_had_from_another(self._plan, ref):
                 record = recorder.replayed(frame.rows, slots, frame.dtypes[ref])
                 self._fill(ref, record, frame, ref)
-                for view in self._plan.reshaped.get(ref, ()):
+                views = self._plan.reshaped.get(ref, ())
+                for view in (view for view in views if frame.is_had_from_another(self._plan, view)):
                     self._fill(view, recorder.view_of(record, self._plan.values[view].shape), frame, ref)
         return not frame.slots.keys() <= seen
 

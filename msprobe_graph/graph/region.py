@@ -135,7 +135,7 @@ class Region:
             frame.recorded.repeat(context)
         elif frame.slots:
             inputs = [frame.lasting.get(position) for position in range(frame.inputs)]
-            with context.recorder.if_replayed(frame.rows, next(iter(frame.slots.values()))) as call:
+            with context.recorder.if_replayed(frame.rows, frame.sign(self.plan)) as call:
                 invocation = Invocation(self, context, inputs, frame)
                 invocation.finish([None] * frame.outputs)
             frame.recorded = Recorded.of(call, self.plan, invocation.calls, frame.lasting.values(), context)
@@ -144,6 +144,9 @@ class Region:
         """A call that nobody records: it is, or may in part be, captured as a CUDA graph."""
         listener = self._boundary.attempt(SITE, Listener, self, inputs, captured)
         if listener is None:
+            if captured and self.frames.rows is not None:  # some of it may have begun
+                with unseen():
+                    self._boundary.attempt(SITE, self.frames.rows.join)
             return self._compiled(*inputs)
         invocations.push(listener)
         try:

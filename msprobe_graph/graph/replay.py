@@ -16,6 +16,7 @@ import torch
 
 from msprobe_graph.dump.boundary import Boundary
 from msprobe_graph.eager._compat import plainly, unseen
+from msprobe_graph.taps.arrival import Shape
 from msprobe_graph.taps.device import Accelerator
 from msprobe_graph.taps.device import of as device_of
 from msprobe_graph.taps.graph_copies import GraphCopies
@@ -43,7 +44,8 @@ class Recorded:
     def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
         self._call = call
         self._counted = counted
-        self._versions = versions(weights)
+        with plainly():
+            self._versions = versions(weights)
 
     @classmethod
     def of(
@@ -94,8 +96,10 @@ class Frame:
         """How many inputs and outputs the call had."""
         self.recorded: Recorded | None = None
         """What an earlier step has recorded of it, once one has."""
-        self._measured: set[int] = set()
-        """Ids of what has been measured since the call that is being captured began."""
+        self._measured: dict[int, bool] = {}
+        """Ids of what has been measured since the call that is being captured began, and whether it is a batch."""
+        self._apart: set[int] = set()
+        """Ids of views that are measured themselves, though what they are views of is, too."""
 
     def begin(self) -> None:
         """A call begins."""
@@ -115,8 +119,12 @@ class Frame:
 
         joins: at its end the call has it `join`. padded, standing: see `RowsInGraphs.measure`.
         """
-        views, known = plan.views, self._measured | {id for id, value in values.items() if self.rows.takes(value)}
-        own = {id: value for id, value in values.items() if views.get(id) not in known or id in plan.parts}
+        views, batches = plan.views, {id: Shape.of(value, padded).batch for id, value in self._taken(values).items()}
+        known = self._measured | batches
+        viewed = {id for id in batches if views.get(id) in known}
+        # Of batches only the rows count that are no padding.
+        self._apart |= {id for id in viewed if id in plan.parts or batches[id] != known[views[id]]}
+        own = {id: value for id, value in values.items() if id not in viewed or id in self._apart}
         if joins and not standing:
             copies = self.rows.keep(own)
             self._measure(plan, copies, padded, saved, standing=True)
@@ -131,16 +139,29 @@ class Frame:
         saved: Collection[int],
         standing: bool,
     ) -> None:
-        chosen = {id: value for id, value in plan.with_parts(values).items() if self.rows.takes(value)}
-        self._measured.update(chosen)
+        chosen = self._taken(plan.with_parts(values))
+        self._measured.update((id, Shape.of(value, padded).batch) for id, value in chosen.items())
         within = {id: found for id, found in plan.columns.items() if found[0] in chosen and found[0] in saved}
         self._within.update((id, found) for id, found in within.items() if id in chosen)
         copied = [position for position, id in enumerate(chosen) if id in saved and id not in within]
-        taken = self.rows.measure([(self.slots[id], value) for id, value in chosen.items()], padded, copied, standing)
+        asked = [(self.slots.get(id, ()), value) for id, value in chosen.items()]
+        taken = self.rows.measure(asked, padded, copied, standing)
         for (id, value), slot in zip(chosen.items(), taken, strict=True):
             self.dtypes[id] = value.dtype
             if slot not in self.slots[id]:
                 self.slots[id].append(slot)
+
+    def _taken(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {id: value for id, value in values.items() if self.rows.takes(value)}
+
+    def is_had_from_another(self, plan: Plan, id: int) -> bool:
+        """Whether the value is had from what it is a view of, even if a graph has measured it by itself."""
+        return plan.views.get(id) in self.slots and id not in self._apart
+
+    def sign(self, plan: Plan) -> Sequence[Slot]:
+        """One of these is written whenever a graph of the whole call is replayed."""
+        ids = (id for id in self.slots if not self.is_had_from_another(plan, id))
+        return self.slots[next(ids)]
 
     def source(self, id: int) -> tuple[Sequence[Slot], Callable[[torch.Tensor], torch.Tensor]]:
         """Where a value is copied, and what gives it out of the copy there."""

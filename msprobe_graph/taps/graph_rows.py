@@ -207,10 +207,11 @@ class GraphRows:
         return kept
 
     def join(self) -> None:
-        if self._measuring:
-            torch.cuda.current_stream(self.device).wait_event(next(reversed(self._measuring)))
-            self._measuring.clear()
+        # Whatever fails here, the next graph has nothing to do with it.
+        measuring, self._measuring = self._measuring, {}
         standing, self._standing = self._standing, Listed()
+        if measuring:
+            torch.cuda.current_stream(self.device).wait_event(next(reversed(measuring)))
         self._measure(standing)
 
     def _branch(self) -> None:

@@ -124,8 +124,9 @@ class Recorder:
             from .launching import on_device
 
             with on_device(self._launches_on):
-                self._launched = self._launched_rows()
-            self._launched.begin(self.table)
+                launched = self._launched_rows()
+            launched.begin(self.table)
+            self._launched = launched
 
     def _launched_rows(self) -> LaunchedRows:
         """Those of the current device and stream."""

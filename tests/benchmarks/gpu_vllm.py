@@ -1,19 +1,23 @@
 """What a decode step and a prefill of vLLM cost on a GPU: untapped, asked to capture but switched off, capturing.
 
-    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8 64] [--level L0 mix L0:tensor] [--rounds 5] [--vllm JSON]
+    python tests/benchmarks/gpu_vllm.py 0.5b [--requests 8 64] [--level L0 mix L0:tensor] [--rounds 5] [--no-prefill]
+                                             [--vllm JSON]
 
 vLLM runs as it starts by itself, with CUDA graphs and each engine in a process of its own, on a Qwen2 of the size 0.5b
 or 7b with dummy weights in bfloat16; tiny is for trying this out, on a CPU, too. One engine is untapped; there is one
 more for each level (with task statistics, if none follows a colon), in which capture is switched on and off in turn by
-msprobe_start and msprobe_stop. They are started at once, live at once on the GPU and take turns within each round. A
-decode step is the time of 72 tokens less that of 8, over 64, for all requests at once; a prefill is one request of 4096
-tokens and one token for it, the median of some in a row. Medians of the rounds, the ratio to untapped, and what a
-captured step takes on the disk:
+msprobe_start and msprobe_stop. They are started at once, live at once on the GPU and take turns within each round.
 
-    7b                           untapped            off, L0           on, L0
-    decode step, 8 requests      4.686 ms     4.838 ms  1.03    5.546 ms  1.18
-    prefill of 4096            136.292 ms   135.799 ms  1.00  153.179 ms  1.12
-    L0: 332 steps; decode, 8 requests: 0.31 MB, prefill: 0.32 MB
+A decode step is the median, within 160 of all requests at once, of the time from one call of the worker's execute_model
+to the next; its graph, of which there is none on a CPU, that of the replay on the GPU. A prefill is one request of 4096
+tokens and one token for it, the median of some in a row; with task tensor it writes gigabytes. Medians of the rounds,
+the ratio to untapped, and what a captured step takes on the disk, but for files that other steps have, too:
+
+    7b                           untapped            off, L0             on, L0
+    decode step, 8 requests      4.540 ms     4.598 ms  1.01     4.667 ms  1.03
+    its graph, 8 requests        4.201 ms     4.261 ms  1.01     4.297 ms  1.02
+    prefill of 4096            141.735 ms   141.737 ms  1.00   149.387 ms  1.05
+    L0: 332 steps; decode, 8 requests: 0.44 MB, prefill: 0.46 MB
     tokens equal: yes
 
 `--vllm` has further arguments for vllm.LLM, as JSON: '{"attention_config": {"backend": "TRITON_ATTN"}}'.
@@ -35,36 +39,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SHAPES = {"tiny": (128, 256, 2, 2, 1), "0.5b": (896, 4864, 24, 14, 2), "7b": (3584, 18944, 28, 28, 4)}
-"""Hidden size, inner size, layers, heads, key-value heads."""
-PROMPT, SHORT, LONG = 16, 8, 72
+import gpu_worker
+from qwen2 import SHAPES, model_config
+
+PROMPT, SHORT, LONG = 16, 8, 168
 PREFILL = 4096
 WARM, PREFILLS = 3, 3
 VOCABULARY = 1000
 """The prompts' tokens are below this."""
-
-
-def model_config(size: str) -> dict[str, Any]:
-    hidden, inner, layers, heads, groups = SHAPES[size]
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": size != "7b",
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    }
 
 
 def engine(options: argparse.Namespace, folder: Path, **given: Any) -> Any:
@@ -110,8 +92,13 @@ class Engine:
 
 
 def _serve(calls: Connection, options: argparse.Namespace, folder: Path, given: dict[str, Any]) -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for collective_rpc to take functions
+    }
     llm = engine(options, folder, **given)
+    llm.collective_rpc(gpu_worker.watch)
     with suppress(EOFError):
         while True:
             function, args = calls.recv()
@@ -136,20 +123,34 @@ def rpc(llm: Any, name: str) -> None:
     llm.collective_rpc(name)
 
 
-def one_round(llm: Any, requests: list[int]) -> tuple[dict[str, float], list[list[list[int]]]]:
+def watched(llm: Any, requests: int, timing: bool) -> tuple[gpu_worker.Took, list[list[int]]]:
+    """What decode steps took, and what was generated. timing: the graphs', too."""
+    llm.collective_rpc(gpu_worker.begin, args=(timing,))
+    _, tokens = generate(llm, requests, PROMPT, LONG)
+    took, *_ = llm.collective_rpc(gpu_worker.end)
+    return gpu_worker.Took(*took), tokens
+
+
+def one_round(llm: Any, requests: list[int], prefill: bool) -> tuple[dict[str, float], list[list[list[int]]]]:
     """Milliseconds by what took them, and all that was generated. Everything is done before it is measured, a prefill
     three times: when capture is switched on, the first steps are described, and what a step has in common with those
     after it is worked out when it comes again, in another thread."""
-    milliseconds, answers = {}, []
+    milliseconds: dict[str, float | None] = {}
+    answers = []
     for number in requests:
         generate(llm, number, PROMPT, SHORT)
-        short, _ = generate(llm, number, PROMPT, SHORT)
-        long, tokens = generate(llm, number, PROMPT, LONG)
+        generate(llm, number, PROMPT, SHORT)
+        plain, _ = watched(llm, number, timing=False)
+        timed, tokens = watched(llm, number, timing=True)
+        milliseconds[f"decode step, {number} requests"] = plain.step
+        milliseconds[f"its graph, {number} requests"] = timed.graph
         answers.append(tokens)
-        milliseconds[f"decode step, {number} requests"] = (long - short) / (LONG - SHORT) * 1e3
-    prefills = [generate(llm, 1, PREFILL, 1) for _ in range(WARM + PREFILLS)]
-    took = statistics.median(seconds for seconds, _ in prefills[WARM:])
-    return milliseconds | {f"prefill of {PREFILL}": took * 1e3}, [*answers, *(tokens for _, tokens in prefills)]
+    if prefill:
+        prefills = [generate(llm, 1, PREFILL, 1) for _ in range(WARM + PREFILLS)]
+        seconds = statistics.median(seconds for seconds, _ in prefills[WARM:])
+        milliseconds[f"prefill of {PREFILL}"] = seconds * 1e3
+        answers += [tokens for _, tokens in prefills]
+    return {what: took for what, took in milliseconds.items() if took is not None}, answers
 
 
 class Measured:
@@ -161,10 +162,10 @@ class Measured:
         self._engine = engine
         self._switch = switch
 
-    def round(self, requests: list[int]) -> None:
+    def round(self, requests: list[int], prefill: bool) -> None:
         if self._switch is not None:
             self._engine.call(rpc, self._switch)
-        took, self.tokens = self._engine.call(one_round, requests)
+        took, self.tokens = self._engine.call(one_round, requests, prefill)
         for what, milliseconds in took.items():
             self.milliseconds[what].append(milliseconds)
 
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[8])
     parser.add_argument("--level", nargs="+", default=["L0"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--vllm", default="{}", help="further arguments for vllm.LLM, as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -237,7 +239,7 @@ def main() -> None:
         try:
             for _ in range(1 + options.rounds):
                 for kind in measured.values():
-                    kind.round(options.requests)
+                    kind.round(options.requests, options.prefill)
         finally:
             for each in engines:
                 each.stop()

@@ -14,6 +14,8 @@ from torch import nn
 from msprobe_graph import PrecisionDebugger, acl_save, flush, msprobe_backend
 from msprobe_graph.cli import main
 from msprobe_graph.dump.reader import StepDump, TensorAt, read, steps
+from msprobe_graph.graph.plan import Plan
+from msprobe_graph.graph.replay import Frame
 from msprobe_graph.taps.device import Accelerator, Npu, of
 from msprobe_graph.taps.plain_graph_rows import PlainGraphRows
 
@@ -327,3 +329,19 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert "works" in found[way][:2], (way, found[way])
     assert "FAILS" in found["compiled with inductor"][:2], "which knows nothing of this device"
     assert code == 1
+
+
+@pytest.mark.parametrize("padded", [None, 4], ids=["no batch", "a batch"])
+def test_a_view_is_measured_itself_where_other_rows_of_it_count(padded: int | None) -> None:
+    plan = Plan(calls=[], values={}, inputs={}, outputs={}, anchors={}, reshaped={0: [2, 4]})
+    base = torch.ones(1, 4, 8, device=NAME)
+    frame = Frame(PlainGraphRows(Accelerator(base.device)))
+    with DEVICE.graph(DEVICE.Graph()):
+        frame.measure(plan, {2: base.view(4, 8)}, padded, ())  # as in a graph of a part of the call
+        frame.begin()
+        frame.measure(plan, {0: base}, padded, ())
+        frame.measure(plan, {2: base.view(4, 8), 4: base.view(1, 32)}, padded, ())
+    assert frame.is_had_from_another(plan, 4)
+    assert frame.is_had_from_another(plan, 2) == (padded is None)
+    assert frame.sign(plan) is frame.slots[0 if padded is None else 2]
+    assert frame.slots.keys() == {0, 2}

@@ -37,7 +37,7 @@ def main(asked: dict[str, Any]) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from vllm import LLM, SamplingParams
 
-    from tests.benchmarks.gpu_vllm import model_config
+    from tests.benchmarks.qwen2 import model_config
 
     folder = Path(asked["cache"], "model")
     folder.mkdir()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -35,3 +38,14 @@ def test_each_write_is_seen_whatever_tensor_it_is(monkeypatch: pytest.MonkeyPatc
         without = torch.zeros(1)
     with pytest.raises(RuntimeError, match="version"):
         versions([plain, without])
+
+
+def test_tensors_that_lead_back_to_them_can_be_collected() -> None:
+    if extension() is None:
+        pytest.skip("_pattern is not compiled")
+    weight = nn.Parameter(torch.zeros(2))
+    weight.leads_back_to = versions([weight])  # type: ignore[attr-defined]
+    gone = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert gone() is None

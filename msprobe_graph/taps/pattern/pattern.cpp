@@ -152,7 +152,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_pattern", nullptr, -1, functions,
 bool add_type(PyObject* to, PyTypeObject& type, const char* name, size_t size, newfunc make, destructor end) {
     type.tp_name = name;
     type.tp_basicsize = size;
-    type.tp_flags = Py_TPFLAGS_DEFAULT;
+    type.tp_flags = Py_TPFLAGS_DEFAULT | (type.tp_traverse ? Py_TPFLAGS_HAVE_GC : 0);
     type.tp_new = make;
     type.tp_dealloc = end;
     return PyModule_AddType(to, &type) == 0;
@@ -165,6 +165,8 @@ PyMODINIT_FUNC PyInit__pattern(void) {
     Ref made(PyModule_Create(&module));
     table_type.tp_methods = table_methods;
     versions_type.tp_methods = versions_methods;
+    versions_type.tp_traverse = visit_versions;
+    versions_type.tp_clear = clear_versions;
     if (!made || !add_type(made.get(), pattern_type, "_pattern.Pattern", sizeof(Pattern), new_pattern, delete_pattern) ||
         !add_type(made.get(), table_type, "_pattern.Table", sizeof(Table), new_table, delete_table) ||
         !add_type(made.get(), probes_type, "_pattern.Probes", sizeof(Probes), new_probes, delete_probes) ||

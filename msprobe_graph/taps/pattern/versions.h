@@ -44,7 +44,20 @@ PyObject* new_versions(PyTypeObject* type, PyObject* arguments, PyObject*) {
     return reinterpret_cast<PyObject*>(self);
 }
 
+// The collector's: a parameter may refer to what leads back here.
+int visit_versions(PyObject* self, visitproc visit, void* arg) {
+    for (const Version& version : reinterpret_cast<Versions*>(self)->each) Py_VISIT(version.tensor.get());
+    return 0;
+}
+
+int clear_versions(PyObject* self) {
+    std::vector<Version> gone;
+    gone.swap(reinterpret_cast<Versions*>(self)->each);
+    return 0;
+}
+
 void delete_versions(PyObject* self) {
+    PyObject_GC_UnTrack(self);
     Versions* versions = reinterpret_cast<Versions*>(self);
     versions->counter.~Ref();
     versions->each.~vector();
