@@ -190,6 +190,11 @@ class Session:
         self.step += 1
         self._begin_step()
 
+    def forget_weights(self) -> None:
+        """Weights may have been written to by what no version counter counts. To be called between steps."""
+        if self._recorder is not None:
+            self._recorder.forget()
+
     def drop_step(self) -> None:
         """What the running step has captured is forgotten, and captured anew under the same number."""
         self.pause()

@@ -41,9 +41,11 @@ class Recorded:
     """What a step has recorded of a call that is replayed as a whole. As long as it `holds`, it can be recorded again:
     but for the values, which come from the device, one step is like the other."""
 
-    def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, call: ReplayedCall, counted: Counted, weights: Sequence[torch.Tensor], epoch: object) -> None:
+        """`epoch`: the recorder's."""
         self._call = call
         self._counted = counted
+        self._epoch = epoch
         with plainly():
             self._versions = versions(weights)
 
@@ -65,10 +67,12 @@ class Recorded:
         weights = {id(weight): weight for weight in (*own, *lasting)}
         if any(weight.is_inference() for weight in weights.values()):  # these have no version
             return None
-        return cls(call, Counted.by(plan, named), list(weights.values()))
+        return cls(call, Counted.by(plan, named), list(weights.values()), context.recorder.epoch)
 
     def holds(self, context: Context) -> bool:
         """Whether the calls would get the same numbers, and the weights are as they were."""
+        if self._epoch is not context.recorder.epoch:
+            return False
         with plainly():
             return context.numbering.stands_at(self._counted.before) and self._versions.stand()
 

@@ -345,3 +345,31 @@ def test_a_view_is_measured_itself_where_other_rows_of_it_count(padded: int | No
     assert frame.is_had_from_another(plan, 2) == (padded is None)
     assert frame.sign(plan) is frame.slots[0 if padded is None else 2]
     assert frame.slots.keys() == {0, 2}
+
+
+def test_weights_that_are_written_to_unseen_are_measured_anew_when_it_is_told(tmp_path: Path) -> None:
+    debugger = PrecisionDebugger({"dump_path": str(tmp_path), "level": "L0"})
+    program = model()
+    compiled = torch.compile(program, backend=msprobe_backend, options={"inner": "aot_eager"})
+    weight = next(program.parameters())
+    x, graph = batch(0).to(NAME), DEVICE.Graph()
+    with torch.no_grad():
+        with debugger.start(compiled):
+            compiled(x)
+        with DEVICE.graph(graph):
+            compiled(x)
+        for number in range(6):
+            if number == 3:
+                weight.data.fill_(100.0)  # no version counts it
+                debugger.session.forget_weights()
+            with debugger.start():
+                graph.replay()
+    debugger.flush()
+    _, *replayed = [read(step) for step in steps(tmp_path)]
+    maxima = [
+        max(record["Max"] for entry in step.data.values() for record in entry.get("parameters", {}).values())
+        for step in replayed
+    ]
+    assert maxima[:3] == [maxima[0]] * 3
+    assert maxima[0] < 100
+    assert maxima[3:] == [100.0] * 3

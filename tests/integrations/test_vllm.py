@@ -14,7 +14,7 @@ from msprobe_graph.dump.names import parse
 from msprobe_graph.dump.reader import StepDump, TensorAt
 from msprobe_graph.integrations.vllm import requested
 
-from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, worker
+from .engines import PROMPTS, TOKENS, Server, dumped, engine, generate, rows, step_through, worker
 
 pytestmark = pytest.mark.vllm
 STEPS = max(TOKENS)
@@ -143,6 +143,21 @@ def test_rows_are_those_of_the_requests(captured: Captured) -> None:
                     torch.testing.assert_close(shared.load(other)[mine], single.load(ours), **TOLERANCE)
                     compared += 1
     assert compared == sum(TOKENS) * 2 * 2  # layers, hidden states and residual
+
+
+def test_weights_that_are_loaded_anew_are_measured_anew(tiny_model: Path, tmp_path: Path) -> None:
+    """A trainer writes into them through .data, and perhaps nowhere where the probe looks."""
+    name = "model.layers.0.input_layernorm"
+    config = {"task": "statistics", "level": "L0", "dump_path": str(tmp_path)}
+    with engine(tiny_model, additional_config={"dump_config": config}) as llm:
+        model = worker(llm).get_model()
+        weight = model.get_parameter(f"{name}.weight").detach().clone()
+        weight[1] = 100.0
+        step_through(llm, {3: lambda: model.load_weights([(f"{name}.weight", weight)])})
+    maxima = [step.data[f"Module.{name}.RMSNorm.forward.0"]["parameters"]["weight"]["Max"] for step in dumped(tmp_path)]
+    assert maxima[:3] == [maxima[0]] * 3
+    assert maxima[0] < 100
+    assert maxima[3:] == [100.0] * 3
 
 
 def test_one_request_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,8 @@ class WorkerCapture:
         self._early = encodes(self._worker) or not v1
         if mode != CompilationMode.STOCK_TORCH_COMPILE:  # which would compile the hooks, too
             heed_hooks(model)
+        if hasattr(model, "load_weights"):  # which writes through .data
+            model.load_weights = functools.partial(self._load_weights, model.load_weights)
         if v1 and hasattr(runner, "_dummy_run"):  # all that may be replayed between steps
             self._at_once = True
             runner._dummy_run = functools.partial(self._dummy_run, runner._dummy_run)
@@ -194,6 +196,11 @@ class WorkerCapture:
     def _model_forward(self, model_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._within_step(self._resume)
         return model_forward(*args, **kwargs)
+
+    def _load_weights(self, load_weights: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loaded = load_weights(*args, **kwargs)
+        self._safely(self._debugger.session.forget_weights)
+        return loaded
 
     def _dummy_run(self, dummy_run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._safely(self._debugger.session.rest)
