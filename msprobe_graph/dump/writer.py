@@ -175,9 +175,9 @@ class Writer:
     def wait(self, behind: int) -> None:
         """Return when at most so many of the steps handed over are not on disk yet, or in the ring."""
         # In this order: a step that the lane does not write is in the queue before it is out of the lane.
-        while self._in_lane + self._queued_steps > behind and self.pid == os.getpid():
-            if self._lane is not None and self._in_lane:
-                self._lane.wait(self._in_lane - 1)
+        while (in_lane := self._in_lane) + self._queued_steps > behind and self.pid == os.getpid():
+            if self._lane is not None and in_lane:
+                self._lane.wait(in_lane - 1)  # not asked again: the lane may have settled one meanwhile
             else:
                 with self._room:
                     self._room.wait_for(lambda: self._queued_steps <= behind)

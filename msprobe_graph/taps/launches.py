@@ -103,13 +103,14 @@ class LaunchedRows:
         any more."""
         assert self._chunk is not None
         headers = self._table.headers()
-        self._arriving = LaunchedTable(None, len(headers) // 8)
+        count = len(headers) // 8
+        self._arriving = LaunchedTable(None, count)
         if headers:
             with on_stream(self._stream):
                 where = self._memory.headers(headers, self._stream)
-                landing = self._memory.landings.bring(self._chunk, where, len(headers) // 8, self._stream, finished)
+                landing = self._memory.landings.bring(self._chunk, where, count, self._stream, finished)
                 landing.expect(self._stream)
-                self._arriving = LaunchedTable(landing, len(headers) // 8)
+                self._arriving = LaunchedTable(landing, count)
         if finished:
             self._open = False
             if self._table.ran_out():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from msprobe_graph.config import load_settings
 from msprobe_graph.dump import folder as folder_module
 from msprobe_graph.dump import step_files
 from msprobe_graph.dump.folder import write_folder, write_whole
+from msprobe_graph.dump.lane import Lane, lanes
 from msprobe_graph.dump.reader import DumpError, read, steps
 from msprobe_graph.dump.records import Entry, Hole, Request, StackFrame, Step
 from msprobe_graph.taps.recorder import Recorder
@@ -252,3 +255,16 @@ def test_a_step_whose_folder_is_there_already_is_written_into_it(
     told = json.loads((folder / "dump.json").read_bytes())["dump_data_dir"]
     assert told == (str(tensors) if saves else None)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(not lanes(), reason="_writing is not compiled")
+def test_a_step_that_is_written_while_it_is_asked_for_is_not_waited_for(
+    new_writer: NewWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = new_writer()
+    waiting = itertools.chain([1, 1], itertools.repeat(0))
+    monkeypatch.setattr(Lane, "waiting", property(lambda lane: next(waiting)))
+    waits = threading.Thread(target=writer.wait, args=(0,), daemon=True)
+    waits.start()
+    waits.join(10)
+    assert not waits.is_alive()
